@@ -1,0 +1,119 @@
+"""Every setting of the engine, in one flat frozen record. Command-line flags are made from its fields."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from halimede.errors import ConfigError, UnsupportedQuantizationError
+from halimede.keywords import KeywordChecked
+from halimede.scheduler.config import SchedulingPolicy
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(KeywordChecked):
+    """Settings of an engine; names and defaults are vLLM's where both have them.
+
+    Raises ConfigError for an unknown keyword, a value out of range or a contradiction.
+    """
+
+    model: str = field(
+        metadata={"help": "A directory, a .gguf file or a Hugging Face id (repo:QUANT picks a GGUF)."}
+    )
+    tokenizer: str | None = _option(
+        None, "Directory or Hugging Face id of the tokenizer, if not the model's."
+    )
+    skip_tokenizer_init: bool = _option(False, "Load no tokenizer: prompts and results are token ids.")
+    revision: str | None = _option(None, "Branch, tag or commit of the model on the hub.")
+    tokenizer_revision: str | None = _option(None, "Branch, tag or commit of the tokenizer on the hub.")
+    hf_token: str | None = _option(None, "Access token for gated models; default: the one logged in with.")
+    download_dir: str | None = _option(None, "Where downloads go; default: the Hugging Face cache.")
+    trust_remote_code: bool = _option(False, "Allow a tokenizer that is code in the model's repository.")
+    dtype: DType = _option("auto", "Data type of weights and activations.")
+    quantization: str | None = _option(None, "Quantization method of the checkpoint; None reads it there.")
+    device: str = _option("auto", "torch device, such as cuda, cuda:1 or cpu.")
+    tensor_parallel_size: int = _option(1, "Number of GPUs that share each layer.")
+    enforce_eager: bool = _option(False, "Never capture GPU graphs.")
+    seed: int = _option(0, "Seed of requests that have none of their own.")
+    max_model_len: int | None = _option(
+        None,
+        "Tokens of prompt and completion together; default: the model's, or what the KV cache holds.",
+    )
+    max_num_seqs: int = _option(128, "Sequences that run at once.")
+    max_num_batched_tokens: int = _option(2048, "Tokens that one step runs.")
+    block_size: int = _option(16, "Tokens per KV cache block: 16, 32, 64 or 128.")
+    enable_prefix_caching: bool = _option(True, "Share KV cache blocks between equal prefixes.")
+    enable_chunked_prefill: bool = _option(True, "Split long prompts over several steps.")
+    gpu_memory_utilization: float = _option(0.92, "Share of the GPU's memory for weights and KV cache.")
+    kv_cache_memory_bytes: int | None = _option(
+        None,
+        "Bytes of KV cache; default: from gpu_memory_utilization, on a CPU a share of free memory.",
+    )
+    num_gpu_blocks_override: int | None = _option(None, "Number of KV cache blocks, whatever fits.")
+    scheduling_policy: SchedulingPolicy = _option("fcfs", "Which request runs next: fcfs or priority.")
+    generation_config: str = _option(
+        "auto",
+        "Where sampling defaults come from: auto (the model's generation_config.json) or vllm (none).",
+    )
+    chat_template: str | None = _option(None, "Chat template or the path of one, if not the tokenizer's.")
+    max_logprobs: int = _option(20, "Most log-probabilities a request may ask per token; -1: no limit.")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_ranges(self)
+        _check_contradictions(self)
+
+
+def _check_choices(c: EngineConfig) -> None:
+    choices: dict[str, tuple[object, ...]] = {
+        "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "block_size": BLOCK_SIZES,
+        "scheduling_policy": ("fcfs", "priority"),
+        "generation_config": ("auto", "vllm"),
+    }
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise ConfigError(f"{name}={getattr(c, name)!r} is not one of: {known}")
+    if c.quantization is not None:
+        raise UnsupportedQuantizationError(
+            f"quantization={c.quantization!r} is not supported yet; give an unquantized checkpoint or a GGUF"
+        )
+
+
+def _check_ranges(c: EngineConfig) -> None:
+    at_least_one = ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size")
+    optional = ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override")
+    for name in at_least_one + optional:
+        value = getattr(c, name)
+        if value is None and name in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+    if not 0 < c.gpu_memory_utilization <= 1:
+        raise ConfigError(f"gpu_memory_utilization={c.gpu_memory_utilization!r} must be in (0, 1]")
+    if c.max_logprobs < -1:
+        raise ConfigError(f"max_logprobs={c.max_logprobs!r} must be at least 0, or -1 for no limit")
+    if not c.model:
+        raise ConfigError("model is empty; give a directory, a .gguf file or a Hugging Face id")
+
+
+def _check_contradictions(c: EngineConfig) -> None:
+    if c.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size={c.tensor_parallel_size}: more than one device is not supported yet; use 1"
+        )
+    if c.max_num_batched_tokens < c.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={c.max_num_batched_tokens} is less than max_num_seqs={c.max_num_seqs}: "
+            "a step could not give each running sequence a token; raise the first or lower the second"
+        )
+    if c.skip_tokenizer_init and c.tokenizer is not None:
+        raise ConfigError(
+            f"tokenizer={c.tokenizer!r} contradicts skip_tokenizer_init=True; leave one of them out"
+        )

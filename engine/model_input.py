@@ -1,0 +1,42 @@
+"""The tensors of one step: what the runner builds and the model reads. T tokens, R rows (sequences).
+
+A leaf: the runner above the models and the attention layer below them both speak it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+KVCache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each [N blocks, K kv heads, B block_size, D head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where each token's keys and values go and what each row may read.
+
+    slot_mapping (T) int64: block_id * block_size + offset of each token's place in the cache.
+    block_tables (R, max_blocks) int32: the rows' blocks in order, padded with block 0.
+    query_start_loc (R + 1) int32: row r owns tokens query_start_loc[r] .. query_start_loc[r + 1] - 1.
+    seq_lens (R) int32: tokens of the row in the cache once this step's are written.
+    """
+
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One step of the model.
+
+    input_ids (T) int64, positions (T) int64; logits_indices (L) int64: the tokens whose logits are wanted.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    logits_indices: torch.Tensor
+    attn: AttentionMetadata

@@ -1,0 +1,1 @@
+"""GPU kernels and their torch twins: imports torch and triton only, nothing else of ours."""

@@ -1,0 +1,1 @@
+"""Requests, sequences, blocks and what runs next: pure Python, never a tensor."""

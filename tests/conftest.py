@@ -1,0 +1,32 @@
+"""Fixtures shared by every test."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SMOLLM2 = REPOSITORY / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Tests never reach a network; what they load is on disk or served on the loopback interface.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real model file that `make model` brings."""
+    if not SMOLLM2.exists():
+        pytest.fail(f"{SMOLLM2} is missing; run `make model` (or `make test`, which does)")
+    return SMOLLM2
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    logger = logging.getLogger("halimede")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
