@@ -33,7 +33,8 @@ class AttentionMetadata:
 class ModelInput:
     """One step of the model.
 
-    input_ids (T) int64, positions (T) int64; logits_indices (L) int64: the tokens whose logits are wanted.
+    input_ids (T) int64, positions (T) int64.
+    logits_indices (S) int64: the last token of each of the S <= R rows that sample, in row order.
     """
 
     input_ids: torch.Tensor

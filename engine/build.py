@@ -1,0 +1,42 @@
+"""Puts an engine together from its configuration; every front end starts here."""
+
+from halimede.engine.config import EngineConfig
+from halimede.engine.core import EngineCore
+from halimede.engine.executor.base import Executor
+from halimede.engine.executor.local import LocalExecutor
+from halimede.engine.loader.model_files import ModelFiles
+from halimede.engine.loader.resolve import resolve_model
+from halimede.engine.models.config import ModelConfig
+from halimede.scheduler.config import SchedulerConfig
+from halimede.scheduler.scheduler import Scheduler
+
+
+def open_model(config: EngineConfig) -> tuple[ModelFiles, ModelConfig]:
+    """Find (and if need be download) the model and read its configuration; loads no weights yet."""
+    files = resolve_model(
+        config.model,
+        revision=config.revision,
+        token=config.hf_token,
+        download_dir=config.download_dir,
+    )
+    return files, ModelConfig.from_hf(files.config, files.config_source)
+
+
+def build_core(
+    config: EngineConfig, files: ModelFiles, model_config: ModelConfig
+) -> tuple[EngineCore, Executor]:
+    """Load the weights in this process and set up the KV cache and the scheduler over it."""
+    executor = LocalExecutor(config, files, model_config)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=executor.num_blocks,
+            block_size=config.block_size,
+            max_model_len=executor.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            policy=config.scheduling_policy,
+        )
+    )
+    return EngineCore(scheduler, executor), executor

@@ -1,0 +1,103 @@
+"""`halimede generate MODEL PROMPT`: one prompt in, its answer streamed out."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halimede.scheduler.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from halimede.engine.llm import LLM
+    from halimede.engine.outputs import RequestOutput
+
+_PANEL = "Sampling (default: what the model recommends)"
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="A directory, a .gguf file or a Hugging Face id (repo:QUANT picks a GGUF).")
+    ],
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is; do not apply the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most new tokens; default: up to max-model-len.", rich_help_panel=_PANEL),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_PANEL)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus mass.", rich_help_panel=_PANEL)] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is all tokens.", rich_help_panel=_PANEL)] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Fraction of the top probability.", rich_help_panel=_PANEL)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 discourages repetition.", rich_help_panel=_PANEL)
+    ] = None,
+    sampling_seed: Annotated[
+        int | None, typer.Option(help="Makes the answer reproducible.", rich_help_panel=_PANEL)
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End at this string; may be repeated.", rich_help_panel=_PANEL)
+    ] = None,
+    engine: dict[str, Any] | None = None,
+) -> None:
+    """Answer one prompt and stream the text to standard output; speeds go to standard error.
+
+    A model with a chat template answers the prompt as a user's message; --raw, or a model without one,
+    continues the prompt's text.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    chosen = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": sampling_seed,
+        "stop": stop or None,
+    }
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    SamplingParams(max_tokens=max_tokens, **changes)  # a bad value is told before the model is loaded
+
+    from halimede.engine.llm import LLM
+
+    with LLM(model, **(engine or {})) as llm:
+        params = llm.get_default_sampling_params().replace(
+            max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA, **changes
+        )
+        _stream(llm, text, params, raw=raw, system=system)
+
+
+def _stream(llm: "LLM", text: str, params: SamplingParams, *, raw: bool, system: str | None) -> None:
+    chat = not raw and bool(llm.get_tokenizer().chat_template or llm.config.chat_template)
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        prompt = llm.render_chat([*messages, {"role": "user", "content": text}])
+    else:
+        prompt = text if system is None else f"{system}\n{text}"
+    started = time.monotonic()
+    count, last = 0, None
+    for last in llm.stream(prompt, params, add_special_tokens=not chat):
+        for completion in last.outputs:
+            count += len(completion.token_ids)
+            print(completion.text, end="", flush=True)
+    print(flush=True)
+    if last is not None:
+        print(_speed(last, count, started), file=sys.stderr)
+
+
+def _speed(last: "RequestOutput", count: int, started: float) -> str:
+    now = time.monotonic()
+    metrics = last.metrics
+    first = metrics.first_token_time if metrics and metrics.first_token_time else now
+    decode = f"{(count - 1) / (now - first):.1f} tok/s" if count > 1 and now > first else "-"
+    prompt_tokens = len(last.prompt_token_ids or ())
+    reason = last.outputs[0].finish_reason if last.outputs else None
+    return (
+        f"[{prompt_tokens} prompt tokens, first token after {first - started:.2f} s; "
+        f"{count} tokens, {decode}; finished: {reason}]"
+    )

@@ -1,0 +1,1 @@
+"""Where steps are executed: in this process, or (for tests) without a model."""

@@ -1,0 +1,36 @@
+"""Projections y = x W^T + b; a weight is [N_out, K_in], as checkpoints store it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def empty_parameter(*shape: int) -> nn.Parameter:
+    """A parameter that the loader fills: never trained, and uninitialised until then."""
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """One projection."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = empty_parameter(out_features, in_features)
+        self.bias = empty_parameter(out_features) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K_in) -> (..., N_out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several projections of the same input as one matrix product.
+
+    output_sizes: rows of each part, in order; the loader fills each from its own checkpoint tensor.
+    """
+
+    def __init__(self, in_features: int, output_sizes: Sequence[int], *, bias: bool) -> None:
+        super().__init__(in_features, sum(output_sizes), bias=bias)
+        self.output_sizes = tuple(output_sizes)

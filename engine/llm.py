@@ -1,0 +1,314 @@
+"""The offline front end: `LLM("model").generate(prompts)`. The engine runs in the caller's process."""
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+
+from halimede.engine.build import build_core, open_model
+from halimede.engine.chat import ContentFormat, Message, read_chat_template, render_chat
+from halimede.engine.config import EngineConfig
+from halimede.engine.generation_defaults import default_sampling_params, eos_token_ids
+from halimede.engine.input_processor import InputLimits, InputProcessor, ProcessedRequest, Prompt
+from halimede.engine.output_processor import OutputProcessor
+from halimede.engine.outputs import CompletionOutput, RequestOutput
+from halimede.engine.progress import GenerationProgress, UseTqdm
+from halimede.engine.tokenizer import load_tokenizer
+from halimede.errors import EngineDeadError, RequestError
+from halimede.keywords import check_keywords
+from halimede.scheduler.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
+OnError = Literal["raise", "return"]
+ParamsOrList = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model ready to generate.
+
+    model: a directory, a .gguf file or a Hugging Face id. `options` are the fields of EngineConfig, under
+    vLLM's names. Raises ConfigError for an option that is unknown or does not fit, ModelLoadError for a
+    checkpoint that cannot be loaded.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        check_keywords(options, EngineConfig.__dataclass_fields__, "LLM")
+        self.config = EngineConfig(model=str(model), **options)
+        self._chat_template = read_chat_template(self.config.chat_template)
+        files, self.model_config = open_model(self.config)
+        self._tokenizer = None if self.config.skip_tokenizer_init else load_tokenizer(self.config, files)
+        self._defaults = SamplingParams()
+        if self.config.generation_config == "auto":
+            self._defaults = default_sampling_params(files.generation_config)
+        self._core, executor = build_core(self.config, files, self.model_config)
+        self.max_model_len = executor.max_model_len
+        self._inputs = InputProcessor(
+            self._tokenizer,
+            eos_token_ids(files, self.model_config, self._tokenizer),
+            InputLimits(self.model_config.vocab_size, executor.max_model_len, self.config.max_logprobs),
+            self.config.seed,
+        )
+        self._outputs = OutputProcessor(self._tokenizer)
+        self._request_ids = itertools.count()
+        self._mailbox: dict[str, list[RequestOutput]] = {}
+        self._closed = False
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: ParamsOrList = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        priority: Sequence[int] | int | None = None,
+        on_error: OnError = "raise",
+    ) -> list[RequestOutput]:
+        """Complete every prompt; the results are in the order of the prompts.
+
+        prompts: one or a list of: text, {"prompt": ...}, {"prompt_token_ids": [...]}, a list of token ids.
+        sampling_params: for all, or one per prompt; None takes the model's recommended defaults.
+        priority: for all, or one per prompt; lower runs first under scheduling_policy="priority".
+        on_error: "raise" checks every prompt before the first one runs and raises RequestError if any is
+            not valid; should one fail while running, the others finish first and are in the error's
+            `outputs`. "return" puts a RequestOutput with `error` set in the place of each that failed.
+        """
+        return self._generate(_as_list(prompts), sampling_params, use_tqdm, priority, on_error, special=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: ParamsOrList = None,
+        use_tqdm: UseTqdm = True,
+        *,
+        priority: Sequence[int] | int | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: ContentFormat = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of them, through the model's chat template."""
+        many = bool(messages) and isinstance(messages[0], Sequence)
+        conversations = cast("Sequence[Sequence[Message]]", messages if many else [messages])
+        prompts = [
+            self.render_chat(
+                conversation,
+                chat_template=chat_template,
+                content_format=chat_template_content_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self._generate(prompts, sampling_params, use_tqdm, priority, on_error, special=False)
+
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """The prompt of a conversation; it spells its special tokens out, so tokenize it without adding any.
+
+        options: as for halimede.engine.chat.render_chat.
+        """
+        options["chat_template"] = options.get("chat_template") or self._chat_template
+        return render_chat(self.get_tokenizer(), messages, **options)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt and yield its state after each step, the last one finished.
+
+        What each output holds is up to sampling_params.output_kind. Leaving the loop aborts the request.
+        add_special_tokens: False for a prompt from render_chat.
+        """
+        params = sampling_params or self._defaults
+        processed = self._submit(prompt, params, 0, add_special_tokens)
+        outputs: list[RequestOutput] = []
+        try:
+            while not (outputs and outputs[-1].finished):
+                outputs = self._step_for([processed.request_id])
+                for output in outputs:
+                    if output.error is not None:
+                        raise output.error
+                    yield output
+        finally:
+            self._abandon([processed])
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The transformers tokenizer. RequestError with skip_tokenizer_init=True."""
+        if self._tokenizer is None:
+            raise RequestError("this engine has no tokenizer: it was made with skip_tokenizer_init=True")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generate() and chat() use when none are given: the model's generation_config.json."""
+        return self._defaults
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix."""
+        return self._core.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """Free the model and the KV cache; the LLM cannot be used again."""
+        if not self._closed:
+            self._closed = True
+            self._core.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _generate(
+        self,
+        prompts: list[Prompt],
+        sampling_params: ParamsOrList,
+        use_tqdm: UseTqdm,
+        priority: Sequence[int] | int | None,
+        on_error: OnError,
+        special: bool,
+    ) -> list[RequestOutput]:
+        count = len(prompts)
+        params = _one_each(sampling_params or self._defaults, SamplingParams, count, "sampling_params")
+        priorities = _one_each(priority or 0, int, count, "priority")
+        results: list[RequestOutput | None] = [None] * count
+        errors: list[tuple[int, RequestError]] = []
+        accepted: dict[str, tuple[int, ProcessedRequest]] = {}
+        try:
+            for index, prompt in enumerate(prompts):
+                final_only = params[index].replace(output_kind=RequestOutputKind.FINAL_ONLY)
+                try:
+                    processed = self._submit(prompt, final_only, priorities[index], special)
+                    accepted[processed.request_id] = (index, processed)
+                except RequestError as error:
+                    errors.append((index, error))
+                    results[index] = _failed_output(f"invalid-{index}", prompt, error)
+            if errors and on_error == "raise":
+                raise _summary(errors, count)
+            for output in self._run(list(accepted), use_tqdm):
+                index = accepted[output.request_id][0]
+                results[index] = output
+                if output.error is not None:
+                    errors.append((index, output.error))
+        finally:
+            self._abandon([processed for _, processed in accepted.values()])
+        if errors and on_error == "raise":
+            raise _summary(errors, count, [None if r is None or r.error else r for r in results])
+        return cast("list[RequestOutput]", results)
+
+    def _run(self, request_ids: Sequence[str], use_tqdm: UseTqdm) -> Iterator[RequestOutput]:
+        """Run submitted requests to their ends and yield each as it finishes."""
+        progress = GenerationProgress(len(request_ids), use_tqdm)
+        remaining = set(request_ids)
+        try:
+            while remaining:
+                for output in self._step_for(remaining):
+                    if output.finished:
+                        remaining.remove(output.request_id)
+                        progress.add(output)
+                        yield output
+        finally:
+            progress.close()
+
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams, priority: int, special: bool
+    ) -> ProcessedRequest:
+        """Check a prompt and queue it; nothing is left behind if it is refused."""
+        if self._closed:
+            raise EngineDeadError("this LLM was shut down; make a new one")
+        processed = self._inputs.process(
+            str(next(self._request_ids)), prompt, params, priority=priority, add_special_tokens=special
+        )
+        self._outputs.add(processed)
+        try:
+            for request in processed.requests:
+                self._core.add(request)
+        except RequestError:
+            self._abandon([processed])
+            raise
+        return processed
+
+    def _step_for(self, request_ids: Collection[str]) -> list[RequestOutput]:
+        """What is new of these requests; runs a step unless another caller's step has brought something.
+
+        A stream may be paused while generate() runs: each keeps what belongs to the other in the mailbox.
+        """
+        waiting = [i for i in self._mailbox if i in request_ids]
+        if waiting:
+            return [output for i in waiting for output in self._mailbox.pop(i)]
+        if not self._core.has_unfinished:
+            raise EngineDeadError(f"requests {sorted(request_ids)} were lost; please report this as a bug")
+        processed = self._outputs.process(self._core.step())
+        for request_id in processed.to_abort:
+            self._core.abort(request_id)
+        mine = []
+        for output in processed.outputs:
+            if output.request_id in request_ids:
+                mine.append(output)
+            else:
+                self._mailbox.setdefault(output.request_id, []).append(output)
+        return mine
+
+    def _abandon(self, requests: Sequence[ProcessedRequest]) -> None:
+        """Forget requests, stopping those that still run."""
+        for processed in requests:
+            self._mailbox.pop(processed.request_id, None)
+            for request_id in self._outputs.forget(processed.request_id):
+                self._core.abort(request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt becomes a list; a list of integers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    listed = list(prompts)
+    if listed and isinstance(listed[0], int):
+        return [cast("list[int]", listed)]
+    return cast("list[Prompt]", listed)
+
+
+def _one_each(values: _T | Sequence[_T], kind: type[_T], count: int, name: str) -> list[_T]:
+    """The same value for each prompt, or the list that was given."""
+    if isinstance(values, kind):
+        return [values] * count
+    listed = list(cast("Sequence[_T]", values))
+    if len(listed) != count:
+        raise RequestError(f"{len(listed)} {name} for {count} prompts; give one for all or one for each")
+    return listed
+
+
+def _failed_output(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutput:
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=None,
+        outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")],
+        finished=True,
+        error=error,
+    )
+
+
+def _summary(
+    errors: list[tuple[int, RequestError]], total: int, outputs: Sequence[RequestOutput | None] = ()
+) -> RequestError:
+    """One error for all: the first one in words, the others by number."""
+    errors = sorted(errors, key=lambda entry: entry[0])
+    index, first = errors[0]
+    if total == 1:
+        return RequestError(str(first), outputs)
+    others = f"; prompts {', '.join(str(i) for i, _ in errors[1:10])} failed too" if len(errors) > 1 else ""
+    state = "the others are in this error's outputs" if outputs else "nothing was run"
+    return RequestError(
+        f"prompt {index} of {total}: {first}{others} ({state}; on_error='return' gives both)",
+        outputs,
+    )

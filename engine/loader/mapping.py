@@ -1,0 +1,106 @@
+"""Which tensor of a checkpoint goes where in a model."""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The rows of a parameter that one tensor of the checkpoint fills, from `start` on."""
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to load: `slices` by checkpoint name in the checkpoint's order, and what does not fit.
+
+    `missing` has the names that the model needs and the checkpoint lacks, `unexpected` the checkpoint's names
+    that nothing in the model takes.
+    """
+
+    slices: Mapping[str, Slice]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def plan_loading(model: nn.Module, names: Collection[str]) -> Plan:
+    """Match the checkpoint's `names` with the parameters of `model`.
+
+    Parameters that are tied (one object under several names) are filled once, by the first of their names that
+    the checkpoint has; the others may be there and are not read.
+    """
+    expected = _expected(model)
+    renamed = _renamed(names, expected)
+    checkpoint_names = {model_name: name for name, model_name in renamed.items()}
+    sources: dict[Slice, str | None] = {}
+    first_names: dict[Slice, str] = {}
+    for model_name, part in expected.items():
+        first_names.setdefault(part, model_name)
+        if sources.get(part) is None:
+            sources[part] = checkpoint_names.get(model_name)
+    chosen = {name: part for part, name in sources.items() if name is not None}
+    ignored: Sequence[str] = getattr(model, "ignored_weights", ())
+    return Plan(
+        slices={name: chosen[name] for name in names if name in chosen},
+        missing=tuple(first_names[part] for part, name in sources.items() if name is None),
+        unexpected=tuple(
+            name
+            for name, model_name in renamed.items()
+            if model_name not in expected and not any(re.search(pattern, model_name) for pattern in ignored)
+        ),
+    )
+
+
+def _expected(model: nn.Module) -> dict[str, Slice]:
+    """The tensors that a checkpoint of this model has, under the model's names."""
+    packed: Mapping[str, Sequence[str]] = getattr(model, "packed_modules", {})
+    canonical: dict[int, str] = {}  # parameters tied to each other count under the first of their names
+    expected: dict[str, Slice] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        target = canonical.setdefault(id(parameter), name)
+        path, _, leaf = name.rpartition(".")
+        owner, _, module = path.rpartition(".")
+        if module not in packed:
+            expected[name] = Slice(target, 0, tuple(parameter.shape))
+            continue
+        sizes = _output_sizes(model.get_submodule(path))
+        assert len(sizes) == len(packed[module]), f"{path}: output_sizes does not match packed_modules"
+        assert sum(sizes) == parameter.shape[0], f"{name}: output_sizes does not add up to its rows"
+        start = 0
+        for part, rows in zip(packed[module], sizes, strict=True):
+            part_name = ".".join(filter(None, (owner, part, leaf)))
+            expected[part_name] = Slice(target, start, (rows, *parameter.shape[1:]))
+            start += rows
+    return expected
+
+
+def _output_sizes(module: nn.Module) -> tuple[int, ...]:
+    sizes: tuple[int, ...] = module.output_sizes  # type: ignore[assignment]  # nn.Module.__getattr__ says Tensor
+    return sizes
+
+
+def _renamed(names: Collection[str], expected: Collection[str]) -> dict[str, str]:
+    """Model name of each checkpoint name. The one place that knows how exports differ in their prefixes."""
+    renamings: tuple[Callable[[str], str], ...] = (
+        lambda name: name,
+        # A base model saved on its own: no "model." before its layers.
+        lambda name: name if name in expected else f"model.{name}",
+        # DataParallel and torch.compile wrap the model in a module that gives every name a prefix.
+        lambda name: name.removeprefix("module."),
+        lambda name: name.removeprefix("_orig_mod."),
+    )
+    best = max(renamings, key=lambda rename: sum(rename(name) in expected for name in names))
+    renamed: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        model_name = best(name)
+        # Where two names meet in one, the second keeps its own and so shows up as unexpected.
+        renamed[name] = name if model_name in taken else model_name
+        taken.add(renamed[name])
+    return renamed

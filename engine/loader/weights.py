@@ -1,0 +1,149 @@
+"""Fills a model with the tensors of a checkpoint, one tensor at a time.
+
+Tensors are always copied into memory of their own, on the CPU too. A view into the mapped file would be free,
+but safetensors files align tensors to 8 bytes only, so whether it can be used would hang on the length of the
+header, and a file overwritten in place would change the weights of a running engine.
+"""
+
+import math
+from collections.abc import Collection, Iterable
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from halimede.engine.loader.mapping import Plan, Slice, plan_loading
+from halimede.engine.loader.model_files import ModelFiles
+from halimede.engine.loader.safetensors import SafetensorsWeights
+from halimede.engine.loader.torch_bin import TorchBinWeights
+from halimede.errors import ModelLoadError, UnsupportedQuantizationError
+
+_SHOWN = 5  # names listed in an error message
+_GIB = 1 << 30
+
+
+class WeightSource(Protocol):
+    """Reads the tensors of a checkpoint one at a time; a context manager."""
+
+    def names(self) -> Collection[str]:
+        """Hugging Face names of all tensors, in the order in which they are best read."""
+        ...
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, possibly a view into a mapped file. ModelLoadError when it is unreadable."""
+        ...
+
+    def where(self, name: str) -> str:
+        """Name of the file that holds the tensor, for messages."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_weights(files: ModelFiles) -> WeightSource:
+    """Open the weight files of a checkpoint; ModelLoadError when one of them is damaged."""
+    if files.format == "gguf":
+        from halimede.engine.loader.gguf import GgufWeights
+
+        return GgufWeights(files.weights)
+    if files.format == "torch_bin":
+        return TorchBinWeights(files.weights)
+    return SafetensorsWeights(files.weights)
+
+
+def load_weights(
+    model: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype, progress: bool
+) -> None:
+    """Replace every parameter of `model` by the checkpoint's, on `device` and in `dtype`.
+
+    The model is built on the meta device. Two optional attributes of it are read: `packed_modules` names the
+    modules that one fused module is made of (the fused module's `output_sizes` has the rows of each), and
+    `ignored_weights` holds regular expressions for tensors to leave out. Memory: the parameters and one tensor.
+
+    Raises ModelLoadError, before anything is read, when a tensor is missing or nothing takes it, and while
+    reading when one has the wrong shape; UnsupportedQuantizationError when one is not of a floating type.
+    """
+    plan = plan_loading(model, source.names())
+    _check_complete(model, plan, source)
+    parameters = dict(model.named_parameters())
+    filled: dict[str, torch.Tensor] = {}
+    try:
+        for name, part in tqdm(
+            plan.slices.items(), desc="Loading weights", unit="tensor", disable=not progress
+        ):
+            tensor = source.get(name)
+            _check_tensor(tensor, name, part, source)
+            shape = parameters[part.parameter].shape
+            if part.parameter not in filled:
+                filled[part.parameter] = torch.empty(shape, dtype=dtype, device=device)
+            target = filled[part.parameter]
+            if part.shape != tuple(shape):
+                target = target.narrow(0, part.start, part.shape[0])
+            target.copy_(tensor)
+    except torch.OutOfMemoryError as error:
+        needed = sum(math.prod(parameter.shape) for parameter in parameters.values()) * dtype.itemsize
+        raise ModelLoadError(
+            f"the weights need {needed / _GIB:.2f} GiB in {dtype}, more than {device} has free; free its memory, or "
+            "take a smaller model or a device with more memory"
+        ) from error
+    _assign(model, filled)
+
+
+def _assign(model: nn.Module, filled: dict[str, torch.Tensor]) -> None:
+    """Put the tensors in the place of the model's parameters; tied ones stay tied."""
+    made = {
+        id(parameter): nn.Parameter(filled[name], requires_grad=False)
+        for name, parameter in model.named_parameters()
+    }
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, made[id(parameter)])
+
+
+def _check_complete(model: nn.Module, plan: Plan, source: WeightSource) -> None:
+    kind = type(model).__name__
+    if plan.missing:
+        hint = "the checkpoint is incomplete or its config.json describes another model: download it again"
+        if plan.missing == ("lm_head.weight",):
+            hint = (
+                'if the model shares it with the embedding, set "tie_word_embeddings": true in its config.json; '
+                "else download the checkpoint again"
+            )
+        searched = _some({source.where(name) for name in source.names()})
+        raise ModelLoadError(
+            f"{kind} needs {len(plan.missing)} tensors that the checkpoint lacks: {_some(plan.missing)}; "
+            f"searched: {searched}; {hint}"
+        )
+    if plan.unexpected:
+        listed = _some(f"{name} ({source.where(name)})" for name in plan.unexpected)
+        raise ModelLoadError(
+            f"the checkpoint has {len(plan.unexpected)} tensors that {kind} has no place for: {listed}; without them "
+            "the results would be wrong: check that config.json belongs to these weights (biases, number of layers), "
+            "or that this variant of the architecture is supported"
+        )
+
+
+def _check_tensor(tensor: torch.Tensor, name: str, part: Slice, source: WeightSource) -> None:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise UnsupportedQuantizationError(
+            f"{source.where(name)}: the tensor {name} is of type {tensor.dtype}, a quantized weight whose scheme the "
+            "config.json does not tell or that is not supported; use a checkpoint in float32, bfloat16 or float16"
+        )
+    if tuple(tensor.shape) != part.shape:
+        raise ModelLoadError(
+            f"{source.where(name)}: the tensor {name} has the shape {tuple(tensor.shape)}, expected {part.shape} "
+            "from the config.json; the two are not of the same model, or one of them is damaged: download both again"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of the names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - _SHOWN
+    return ", ".join(ordered[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

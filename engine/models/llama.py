@@ -1,0 +1,17 @@
+"""Llama 1 to 3.x, and the many models that share its architecture (SmolLM, TinyLlama, Yi, ...)."""
+
+from halimede.engine.models.base import CausalLM
+from halimede.engine.models.config import ArchitectureOptions
+from halimede.engine.models.config_fields import ConfigFields
+
+
+class LlamaForCausalLM(CausalLM):
+    """The shared decoder; attention_bias covers all four projections of attention."""
+
+    @classmethod
+    def read_options(cls, fields: ConfigFields) -> ArchitectureOptions:
+        """Biases, which few Llamas have."""
+        bias = fields.flag("attention_bias", False)
+        return ArchitectureOptions(
+            attention_bias=bias, attention_output_bias=bias, mlp_bias=fields.flag("mlp_bias", False)
+        )

@@ -1,0 +1,235 @@
+"""Updates of the core in, what the user sees out: text, stop strings, log-probabilities, n completions."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from halimede.engine.input_processor import ProcessedRequest
+from halimede.engine.outputs import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+)
+from halimede.engine.stop_strings import StopStrings
+from halimede.engine.tokenizer import IncrementalDetokenizer
+from halimede.errors import RequestError
+from halimede.scheduler.output import FinishReason, SequenceUpdate, TokenLogprobs
+from halimede.scheduler.sampling_params import RequestOutputKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class _Completion:
+    """One of a request's n completions, as it grows."""
+
+    index: int
+    detokenizer: IncrementalDetokenizer | None
+    stop: StopStrings
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    # How much of the above a DELTA stream has shown already.
+    shown_text: int = 0
+    shown_tokens: int = 0
+    shown_end: bool = False
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a DELTA stream has something to show."""
+        return self.shown_tokens < len(self.token_ids) or (
+            self.finish_reason is not None and not self.shown_end
+        )
+
+
+@dataclass(slots=True)
+class _RequestState:
+    source: ProcessedRequest
+    completions: list[_Completion]
+    metrics: RequestMetrics
+    prompt_logprobs: list[PositionLogprobs | None] | None
+    num_cached_tokens: int = 0
+    error: RequestError | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(c.finish_reason is not None for c in self.completions)
+
+
+@dataclass(slots=True)
+class ProcessedOutputs:
+    """What one step gives: outputs to show, and ids of core requests that a stop string has ended."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    to_abort: list[str] = field(default_factory=list)
+
+
+class OutputProcessor:
+    """Keeps the state of each running request and turns updates into RequestOutputs."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+        self._tokenizer = tokenizer
+        self._states: dict[str, _RequestState] = {}
+        self._owners: dict[str, tuple[str, int]] = {}
+        self._token_texts: dict[int, str] = {}
+
+    def add(self, source: ProcessedRequest) -> None:
+        """Expect updates for a request."""
+        params = source.sampling_params
+        completions = []
+        for index, request in enumerate(source.requests):
+            detokenizer = None
+            if params.detokenize and self._tokenizer is not None:
+                detokenizer = IncrementalDetokenizer(
+                    self._tokenizer,
+                    source.prompt_token_ids,
+                    skip_special_tokens=params.skip_special_tokens,
+                )
+            stop = StopStrings(params.stop_strings, keep=params.include_stop_str_in_output)
+            completions.append(_Completion(index, detokenizer, stop))
+            self._owners[request.request_id] = (source.request_id, index)
+        self._states[source.request_id] = _RequestState(
+            source,
+            completions,
+            RequestMetrics(arrival_time=source.requests[0].arrival_time),
+            None if params.prompt_logprobs is None else [None],
+        )
+
+    def forget(self, request_id: str) -> list[str]:
+        """Drop a request; the ids of its core requests that are still running."""
+        state = self._states.pop(request_id, None)
+        if state is None:
+            return []
+        requests = state.source.requests
+        running = [
+            r.request_id
+            for r, completion in zip(requests, state.completions, strict=True)
+            if completion.finish_reason is None
+        ]
+        for request in requests:
+            self._owners.pop(request.request_id, None)
+        return running
+
+    def process(self, updates: Iterable[SequenceUpdate]) -> ProcessedOutputs:
+        """Apply a step's updates. Updates of forgotten requests are ignored."""
+        result = ProcessedOutputs()
+        changed: dict[str, _RequestState] = {}
+        for update in updates:
+            owner = self._owners.get(update.request_id)
+            if owner is None:
+                continue
+            state = self._states[owner[0]]
+            changed[owner[0]] = state
+            if self._apply(state, state.completions[owner[1]], update):
+                result.to_abort.append(update.request_id)
+        for request_id, state in changed.items():
+            output = _make_output(state)
+            if output is not None:
+                result.outputs.append(output)
+            if state.finished:
+                self.forget(request_id)
+        return result
+
+    def _apply(self, state: _RequestState, completion: _Completion, update: SequenceUpdate) -> bool:
+        """True if a stop string ended a completion that the core still runs."""
+        if completion.finish_reason is not None:
+            return False
+        params = state.source.sampling_params
+        state.num_cached_tokens = max(state.num_cached_tokens, update.num_cached_tokens)
+        if state.prompt_logprobs is not None and completion.index == 0:
+            state.prompt_logprobs += [self._decode_logprobs(entry) for entry in update.prompt_logprobs]
+        if update.new_token_ids and state.metrics.first_token_time is None:
+            state.metrics.first_token_time = time.monotonic()
+        stopped_by = self._append(completion, update, params.min_tokens, params.include_stop_str_in_output)
+        completion.finish_reason, completion.stop_reason = update.finish_reason, update.stop_reason
+        if update.error is not None:
+            state.error = RequestError(f"request {state.source.request_id} failed: {update.error}")
+        if stopped_by is not None:
+            completion.finish_reason, completion.stop_reason = "stop", stopped_by
+        elif update.finish_reason is not None and completion.detokenizer is not None:
+            completion.stop.add(completion.detokenizer.flush(), check=False)
+        if state.finished:
+            state.metrics.finished_time = time.monotonic()
+        return stopped_by is not None and update.finish_reason is None
+
+    def _append(
+        self, completion: _Completion, update: SequenceUpdate, min_tokens: int, keep_stop: bool
+    ) -> str | None:
+        """Add the update's tokens; the stop string that ends the completion, if one does."""
+        last = len(update.new_token_ids) - 1
+        for position, token in enumerate(update.new_token_ids):
+            completion.token_ids.append(token)
+            if update.logprobs:
+                entry = update.logprobs[position]
+                completion.logprobs.append(self._decode_logprobs(entry))
+                completion.cumulative_logprob += entry.logprobs[0]
+            if completion.detokenizer is None:
+                continue
+            if position == last and update.finish_reason == "stop" and not keep_stop:
+                continue  # the token that ended it is not part of the text
+            text = completion.detokenizer.add(token)
+            found = completion.stop.add(text, check=len(completion.token_ids) > min_tokens)
+            if found is not None:
+                return found
+        return None
+
+    def _decode_logprobs(self, entry: TokenLogprobs) -> PositionLogprobs:
+        decoded: PositionLogprobs = {}
+        for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True):
+            if token not in decoded:  # the sampled token comes first and may be among the top ones again
+                decoded[token] = Logprob(logprob, rank, self._token_text(token))
+        return decoded
+
+    def _token_text(self, token: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        if token not in self._token_texts:
+            self._token_texts[token] = str(self._tokenizer.decode([token]))
+        return self._token_texts[token]
+
+
+def _make_output(state: _RequestState) -> RequestOutput | None:
+    params = state.source.sampling_params
+    kind = params.output_kind
+    if kind is RequestOutputKind.FINAL_ONLY and not state.finished:
+        return None
+    delta = kind is RequestOutputKind.DELTA
+    completions = [
+        _show(c, delta, with_logprobs=params.logprobs is not None)
+        for c in state.completions
+        if not delta or c.has_news
+    ]
+    return RequestOutput(
+        request_id=state.source.request_id,
+        prompt=state.source.prompt,
+        prompt_token_ids=list(state.source.prompt_token_ids),
+        outputs=completions,
+        finished=state.finished,
+        prompt_logprobs=state.prompt_logprobs,
+        metrics=state.metrics,
+        num_cached_tokens=state.num_cached_tokens,
+        error=state.error,
+    )
+
+
+def _show(completion: _Completion, delta: bool, with_logprobs: bool) -> CompletionOutput:
+    text = completion.stop.text if completion.finish_reason else completion.stop.safe_text
+    first_char = completion.shown_text if delta else 0
+    first_token = completion.shown_tokens if delta else 0
+    completion.shown_text, completion.shown_tokens = len(text), len(completion.token_ids)
+    completion.shown_end = completion.finish_reason is not None
+    return CompletionOutput(
+        index=completion.index,
+        text=text[first_char:],
+        token_ids=completion.token_ids[first_token:],
+        cumulative_logprob=completion.cumulative_logprob if with_logprobs else None,
+        logprobs=completion.logprobs[first_token:] if with_logprobs else None,
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+    )

@@ -1,0 +1,1 @@
+"""Executes scheduled steps: keeps sequences, builds tensors, runs the model, samples tokens."""

@@ -1,0 +1,90 @@
+"""Chooses one token per row from its logits.
+
+The order is vLLM's: log-probabilities come from the raw logits; then masks, bias and penalties; a greedy row
+takes the largest logit, any other row draws after temperature, min_p, top_k and top_p.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from halimede.engine.runner.logits import adjust_logits, filter_logits
+from halimede.engine.runner.logprobs import token_logprobs
+from halimede.engine.runner.random_stream import exponential_noise
+from halimede.engine.runner.sampling_metadata import RandomRows, SamplingMetadata
+from halimede.scheduler.output import TokenLogprobs
+
+_NOT_FINITE = -1
+_ALL_FORBIDDEN = -2
+_REASONS = {
+    _NOT_FINITE: (
+        "the model's logits are not finite (NaN or infinity); "
+        "the weights may be damaged or dtype too narrow: try dtype='bfloat16' or 'float32'"
+    ),
+    _ALL_FORBIDDEN: (
+        "no token is left to choose: allowed_token_ids, bad_words and min_tokens together forbid every one; "
+        "allow more tokens"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """Per row of the step's S sampling rows: its token in token_ids, or the reason it has none in errors.
+
+    logprobs: of the rows that asked for them and did not fail.
+    """
+
+    token_ids: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+def sample(logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+    """Choose the next token of each row of float32 logits (S, V), which are changed in place."""
+    wanted = [row for row, n in enumerate(metadata.num_logprobs) if n is not None]
+    raw = logits
+    if wanted and (metadata.changes_logits or len(wanted) < len(logits)):
+        raw = logits[wanted]
+    chosen = _choose(logits, metadata)
+    token_ids = dict(enumerate(chosen.tolist()))
+    errors = {row: _REASONS[token] for row, token in token_ids.items() if token < 0}
+    logprobs: dict[int, TokenLogprobs] = {}
+    if wanted:
+        counts = [n for n in metadata.num_logprobs if n is not None]
+        entries = token_logprobs(raw, chosen[wanted].clamp(min=0), counts)
+        logprobs = {row: entry for row, entry in zip(wanted, entries, strict=True) if row not in errors}
+    return SamplerOutput({row: t for row, t in token_ids.items() if t >= 0}, logprobs, errors)
+
+
+def _choose(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+    """The chosen tokens (S) int64; a negative one is the code of the row's error."""
+    if not metadata.changes_logits:
+        chosen = logits.argmax(dim=-1)
+        # argmax takes a NaN for the largest, so the chosen logit tells whether the row is sound.
+        largest = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        return chosen.masked_fill_(~largest.isfinite(), _NOT_FINITE)
+    broken = ~logits.amax(dim=-1).isfinite()
+    adjust_logits(logits, metadata)
+    empty = logits.amax(dim=-1) == -torch.inf if metadata.masks_tokens else None
+    if metadata.random is None:
+        chosen = logits.argmax(dim=-1)
+    elif metadata.random.rows is None:
+        chosen = _draw(logits, metadata.random)
+    else:
+        chosen = logits.argmax(dim=-1)
+        chosen[metadata.random.rows] = _draw(logits[metadata.random.rows], metadata.random)
+    if empty is not None:
+        chosen.masked_fill_(empty, _ALL_FORBIDDEN)
+    return chosen.masked_fill_(broken, _NOT_FINITE)
+
+
+def _draw(logits: torch.Tensor, random: RandomRows) -> torch.Tensor:
+    """Draw a token (D) int64 from each row of (D, V) logits, which are changed in place.
+
+    The largest of logit - log(noise), noise ~ Exp(1), is a draw from softmax(logits) (the Gumbel-max trick).
+    It needs no normalisation, and a tiny change of the logits rarely changes the token.
+    """
+    filter_logits(logits, random)
+    logits -= exponential_noise(random.keys, logits.shape[-1], logits.device).log_()
+    return logits.argmax(dim=-1)

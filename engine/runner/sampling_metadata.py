@@ -1,0 +1,158 @@
+"""What the sampler must know of a step's rows, as tensors; None where no row uses a feature.
+
+S is the number of rows that sample, V the vocabulary size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from halimede.engine.runner.sequence_state import SequenceState
+from halimede.scheduler.sampling_params import SamplingParams
+
+_Value = Callable[[SamplingParams], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The rows with a penalty: rows (P) int64; seen (P, V) bool; output_counts (P, V) int32; factors (P, 1)."""
+
+    rows: torch.Tensor
+    seen: torch.Tensor
+    output_counts: torch.Tensor
+    repetition: torch.Tensor
+    frequency: torch.Tensor
+    presence: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRows:
+    """The rows that draw: rows (D) int64, None if all of them do; temperature, min_p (D, 1); top_k, top_p (D).
+
+    keys: (seed, position of the new token) of each. top_k is V and top_p 1 for rows that do not use them.
+    """
+
+    rows: torch.Tensor | None
+    keys: list[tuple[int, int]]
+    temperature: torch.Tensor
+    min_p: torch.Tensor | None
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMetadata:
+    """How the next token of each of the S rows is chosen.
+
+    forbidden: (row, mask (V) bool) of rows with allowed_token_ids.
+    banned: (rows, token ids), int64 pairs of equal length: bad words, and stop tokens before min_tokens.
+    bias: (rows, token ids, float32 values).
+    num_logprobs: per row, how many of the most probable tokens to report besides the sampled one
+        (-1: all of them); None for rows that report nothing.
+    """
+
+    forbidden: tuple[tuple[int, torch.Tensor], ...]
+    banned: tuple[torch.Tensor, torch.Tensor] | None
+    bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    penalties: Penalties | None
+    random: RandomRows | None
+    num_logprobs: tuple[int | None, ...]
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether a row might be left without a token to choose."""
+        return bool(self.forbidden) or self.banned is not None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything is done to the logits of a row before its token is chosen."""
+        return (
+            self.masks_tokens
+            or self.bias is not None
+            or self.penalties is not None
+            or self.random is not None
+        )
+
+
+def build_sampling_metadata(
+    states: Sequence[SequenceState], *, vocab_size: int, device: torch.device
+) -> SamplingMetadata:
+    """The SamplingMetadata of the sequences that sample in this step, in row order."""
+    params = [state.request.sampling_params for state in states]
+    return SamplingMetadata(
+        forbidden=tuple((row, s.forbidden) for row, s in enumerate(states) if s.forbidden is not None),
+        banned=_banned(states, vocab_size, device),
+        bias=_bias(params, vocab_size, device),
+        penalties=_penalties(states, device),
+        random=_random(states, vocab_size, device),
+        num_logprobs=tuple(p.logprobs for p in params),
+    )
+
+
+def _banned(
+    states: Sequence[SequenceState], vocab_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    pairs = [(row, t) for row, state in enumerate(states) for t in state.banned_token_ids() if t < vocab_size]
+    if not pairs:
+        return None
+    rows, tokens = torch.tensor(pairs, dtype=torch.int64).to(device).unbind(1)
+    return rows, tokens
+
+
+def _bias(
+    params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    entries = [
+        (row, token, value)
+        for row, p in enumerate(params)
+        if p.logit_bias
+        for token, value in p.logit_bias.items()
+        if token < vocab_size
+    ]
+    if not entries:
+        return None
+    rows, tokens, values = zip(*entries, strict=True)
+    return (
+        torch.tensor(rows, dtype=torch.int64).to(device),
+        torch.tensor(tokens, dtype=torch.int64).to(device),
+        torch.tensor(values, dtype=torch.float32).to(device),
+    )
+
+
+def _column(params: Sequence[SamplingParams], value: _Value, device: torch.device) -> torch.Tensor:
+    """(len(params), 1) float32."""
+    return torch.tensor([[value(p)] for p in params], dtype=torch.float32).to(device)
+
+
+def _penalties(states: Sequence[SequenceState], device: torch.device) -> Penalties | None:
+    used = [(row, s, s.counts) for row, s in enumerate(states) if s.counts is not None]
+    if not used:
+        return None
+    params = [state.request.sampling_params for _, state, _ in used]
+    return Penalties(
+        rows=torch.tensor([row for row, _, _ in used], dtype=torch.int64).to(device),
+        seen=torch.stack([counts.seen for _, _, counts in used]),
+        output_counts=torch.stack([counts.output for _, _, counts in used]),
+        repetition=_column(params, lambda p: p.repetition_penalty, device),
+        frequency=_column(params, lambda p: p.frequency_penalty, device),
+        presence=_column(params, lambda p: p.presence_penalty, device),
+    )
+
+
+def _random(states: Sequence[SequenceState], vocab_size: int, device: torch.device) -> RandomRows | None:
+    rows = [row for row, state in enumerate(states) if not state.request.sampling_params.greedy]
+    if not rows:
+        return None
+    drawing = [states[row] for row in rows]
+    params = [state.request.sampling_params for state in drawing]
+    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+    uses_top_p, uses_min_p = any(p.top_p < 1 for p in params), any(p.min_p > 0 for p in params)
+    return RandomRows(
+        rows=None if len(rows) == len(states) else torch.tensor(rows, dtype=torch.int64).to(device),
+        keys=[(state.request.seed, len(state.token_ids)) for state in drawing],
+        temperature=_column(params, lambda p: p.temperature, device),
+        min_p=_column(params, lambda p: p.min_p, device) if uses_min_p else None,
+        top_k=torch.tensor(top_k).to(device) if min(top_k) < vocab_size else None,
+        top_p=_column(params, lambda p: p.top_p, device).squeeze(1) if uses_top_p else None,
+    )

@@ -1,0 +1,94 @@
+"""Text to tokens and back. The tokenizers are transformers'; here they are found, loaded and streamed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halimede.engine.config import EngineConfig
+from halimede.engine.loader.model_files import ModelFiles
+from halimede.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\ufffd"
+# Prompt tokens that precede the first generated one: enough for a decoder to know whether a space is due.
+_CONTEXT_TOKENS = 6
+# A character is at most 4 bytes, so a longer undecodable run is not waiting for anything.
+_MAX_PENDING_TOKENS = 8
+
+
+def load_tokenizer(config: EngineConfig, files: ModelFiles) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer, or the one that `config.tokenizer` names. ModelLoadError if there is none."""
+    if config.tokenizer is None and files.tokenizer_path is None:
+        raise ModelLoadError(
+            f"{files.reference} has no tokenizer files; pass tokenizer=... (a directory, a .gguf file or a "
+            "Hugging Face id), or skip_tokenizer_init=True to work with token ids"
+        )
+    source = config.tokenizer if config.tokenizer is not None else str(files.tokenizer_path)
+    if source.endswith(".gguf"):
+        from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(Path(source))
+    return _load_from_transformers(source, config)
+
+
+def _load_from_transformers(source: str, config: EngineConfig) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+            source,
+            revision=config.tokenizer_revision if config.tokenizer else None,
+            token=config.hf_token,
+            cache_dir=config.download_dir,
+            trust_remote_code=config.trust_remote_code,
+        )
+    # transformers raises whatever its parsers raise: OSError, ValueError, KeyError, bare Exception.
+    except Exception as error:
+        raise ModelLoadError(
+            f"the tokenizer in {source} cannot be loaded: {error}; check its tokenizer files, or pass "
+            "tokenizer=... to use another one"
+        ) from error
+
+
+class IncrementalDetokenizer:
+    """Turns a stream of tokens into text, each character as soon as it is certain.
+
+    A token alone often has no text of its own (part of a character, a space that depends on what comes
+    before), so a short window is decoded with and without the new tokens and the difference is the text.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], *, skip_special_tokens: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._context = list(prompt[-_CONTEXT_TOKENS:])
+        self._pending: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """The text that is certain once this token is known; may be empty."""
+        self._pending.append(token_id)
+        text = self._pending_text()
+        if text.endswith(_REPLACEMENT) and len(self._pending) < _MAX_PENDING_TOKENS:
+            return ""
+        if text:
+            self._context, self._pending = self._pending, []
+        elif len(self._pending) >= _MAX_PENDING_TOKENS:
+            self._pending = []  # special tokens that are left out: no text will come of them
+        return text
+
+    def flush(self) -> str:
+        """What is left when the stream ends: an unfinished character, as the replacement character."""
+        text = self._pending_text() if self._pending else ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def _pending_text(self) -> str:
+        before = self._decode(self._context)
+        return self._decode(self._context + self._pending)[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        options: dict[str, Any] = {"skip_special_tokens": self._skip_special_tokens}
+        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False, **options))

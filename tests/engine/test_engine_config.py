@@ -1,0 +1,43 @@
+import dataclasses
+
+import pytest
+
+from halimede import ConfigError, EngineConfig, UnsupportedQuantizationError
+
+
+def test_unknown_keyword_names_the_closest() -> None:
+    with pytest.raises(ConfigError, match="max_model_length.*did you mean 'max_model_len'"):
+        EngineConfig(model="m", max_model_length=5)  # type: ignore[call-arg]
+
+
+def test_every_field_has_help() -> None:
+    assert all(f.metadata["help"].endswith(".") for f in dataclasses.fields(EngineConfig))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float8"}, ["dtype", "float8", "bfloat16"]),
+        ({"block_size": 20}, ["block_size", "20", "16"]),
+        ({"scheduling_policy": "lifo"}, ["scheduling_policy", "lifo", "priority"]),
+        ({"max_num_seqs": 0}, ["max_num_seqs", "0", "at least 1"]),
+        ({"max_model_len": -1}, ["max_model_len", "-1"]),
+        ({"max_model_len": True}, ["max_model_len", "True"]),
+        ({"kv_cache_memory_bytes": 0}, ["kv_cache_memory_bytes", "0"]),
+        ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "1.5"]),
+        ({"max_logprobs": -2}, ["max_logprobs", "-2"]),
+        ({"model": ""}, ["model", "empty"]),
+        ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "2", "use 1"]),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, ["64", "32", "lower"]),
+        ({"skip_tokenizer_init": True, "tokenizer": "t"}, ["tokenizer", "skip_tokenizer_init"]),
+    ],
+)
+def test_bad_values_say_the_fact_the_value_and_the_remedy(options: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**{"model": "m", **options})
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_quantization_is_refused_with_its_own_error() -> None:
+    with pytest.raises(UnsupportedQuantizationError, match="awq"):
+        EngineConfig(model="m", quantization="awq")

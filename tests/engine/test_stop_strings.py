@@ -1,0 +1,57 @@
+import random
+
+import pytest
+
+from halimede.engine.stop_strings import StopStrings
+
+
+def feed(strings: list[str], pieces: list[str], keep: bool = False) -> tuple[str, str | None, list[str]]:
+    stop = StopStrings(strings, keep=keep)
+    shown = []
+    for piece in pieces:
+        found = stop.add(piece, check=True)
+        if found is not None:
+            return stop.text, found, shown
+        shown.append(stop.safe_text)
+    return stop.text, None, shown
+
+
+def test_a_stop_string_across_pieces_ends_the_text_before_it() -> None:
+    text, found, _ = feed(["END"], ["one E", "N", "D two"])
+    assert (text, found) == ("one ", "END")
+
+
+def test_keep_leaves_the_stop_string_and_drops_what_follows() -> None:
+    text, found, _ = feed(["END"], ["one E", "N", "D two"], keep=True)
+    assert (text, found) == ("one END", "END")
+
+
+def test_the_match_that_begins_first_wins() -> None:
+    assert feed(["c", "abc"], ["xabc"])[:2] == ("x", "abc")
+
+
+def test_below_min_tokens_nothing_is_searched_later_either() -> None:
+    stop = StopStrings(["ab"], keep=False)
+    assert stop.add("ab", check=False) is None
+    assert stop.add("cd", check=True) is None
+    assert stop.text == "abcd"
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_stream_never_shows_what_is_taken_back_and_equals_one_search(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice("ab\n") for _ in range(60))
+    strings = ["".join(rng.choice("ab\n") for _ in range(rng.randint(1, 6))) for _ in range(3)]
+    pieces, at = [], 0
+    while at < len(text):
+        size = rng.randint(0, 4)
+        pieces.append(text[at : at + size])
+        at += size
+    final, found, shown = feed(strings, pieces)
+    assert all(final.startswith(s) or len(s) <= len(final) for s in shown)
+    assert all(final.startswith(s) for s in shown)
+    if found is None:
+        assert final == text
+        assert not any(s in text for s in strings)
+    else:
+        assert text.startswith(final + found)
