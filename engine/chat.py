@@ -52,7 +52,7 @@ def render_chat(
         return str(
             tokenizer.apply_chat_template(
                 conversation,
-                tools=list(tools) if tools else None,
+                tools=[dict(tool) for tool in tools] if tools else None,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

@@ -114,10 +114,16 @@ class InputProcessor:
             raise RequestError(
                 "this engine has no tokenizer (skip_tokenizer_init=True); give {'prompt_token_ids': [...]}"
             )
+        if not text:  # a tokenizer may put a beginning-of-sequence token there, but that is no prompt
+            raise RequestError(
+                "the prompt is empty; give at least one token (to start from nothing, give "
+                "{'prompt_token_ids': [the beginning-of-sequence token]})"
+            )
         try:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special))
+            text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the prompt is not valid Unicode: {error}") from error
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
     def _check_prompt(self, token_ids: tuple[int, ...]) -> None:
         if not token_ids:

@@ -94,7 +94,7 @@ class LLM:
         """Answer one conversation or a list of them, through the model's chat template."""
         many = bool(messages) and isinstance(messages[0], Sequence)
         conversations = cast("Sequence[Sequence[Message]]", messages if many else [messages])
-        prompts = [
+        prompts: list[Prompt] = [
             self.render_chat(
                 conversation,
                 chat_template=chat_template,

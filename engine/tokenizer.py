@@ -37,7 +37,7 @@ def _load_from_transformers(source: str, config: EngineConfig) -> "PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(
             source,
             revision=config.tokenizer_revision if config.tokenizer else None,
             token=config.hf_token,

@@ -1,7 +1,7 @@
 """What passes between the scheduler and whoever executes a step: integers and floats, never tensors."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from halimede.scheduler.request import Request
 
@@ -20,9 +20,8 @@ class NewSequence:
     num_prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """One sequence's share of a step.
+class ScheduledSequence(NamedTuple):
+    """One sequence's share of a step (a named tuple: a step makes one per sequence, and it must be cheap).
 
     token_ids: the tokens to run; their positions start at num_computed_tokens.
     new_block_ids: blocks to append to the sequence's block table (all of them if `new` is given).
@@ -40,7 +39,12 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: what to run, and which sequences to forget."""
+    """One step: what to run, and which sequences to forget first.
+
+    finished_seq_ids never come back. preempted_seq_ids come back, with `new`, in this step or later. After a
+    step that failed both are named again, so forgetting an unknown sequence must do nothing.
+    With nothing scheduled it still names sequences to forget, and they are not named again.
+    """
 
     step: int
     scheduled: tuple[ScheduledSequence, ...]
@@ -82,9 +86,8 @@ class ModelRunnerOutput:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
-    """What a step changed for one request.
+class SequenceUpdate(NamedTuple):
+    """What a step changed for one request (a named tuple, like ScheduledSequence).
 
     finish_reason: None while it goes on. stop_reason: the stop token that ended it, None for the
     end-of-sequence token. num_cached_tokens: prompt tokens that the prefix cache spared.

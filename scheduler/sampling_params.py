@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -119,6 +119,13 @@ _FLOATS = (
     "top_p",
     "min_p",
 )
+_BOOLS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "skip_reading_prefix_cache",
+)
 
 
 def _fail(name: str, value: object, must: str) -> None:
@@ -129,26 +136,50 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+
+
 def _check_types(p: SamplingParams) -> None:
+    _check_numbers(p)
+    for name in _BOOLS:
+        value = getattr(p, name)
+        if not isinstance(value, bool) and not (value is None and name == "skip_reading_prefix_cache"):
+            _fail(name, value, "True or False")
+    if not isinstance(p.output_kind, RequestOutputKind):
+        _fail("output_kind", p.output_kind, "a RequestOutputKind")
+    _check_collections(p)
+
+
+def _check_numbers(p: SamplingParams) -> None:
     for name in _INTS + _OPTIONAL_INTS:
         value = getattr(p, name)
         if not _is_int(value) and not (value is None and name in _OPTIONAL_INTS):
             _fail(name, value, "an integer" + (" or None" if name in _OPTIONAL_INTS else ""))
     for name in _FLOATS:
         value = getattr(p, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value):
             _fail(name, value, "a finite number")
+
+
+def _check_collections(p: SamplingParams) -> None:
     for name in ("stop_token_ids", "allowed_token_ids"):
         ids = getattr(p, name)
-        if ids is not None and (isinstance(ids, str) or not all(_is_int(i) and i >= 0 for i in ids)):
+        if ids is not None and not (_is_list(ids) and all(_is_int(i) and i >= 0 for i in ids)):
             _fail(name, ids, "a list of token ids (integers >= 0)")
-    for name, words in (("stop", p.stop_strings), ("bad_words", p.bad_words or ())):
-        if isinstance(words, str) or not all(isinstance(w, str) and w for w in words):
+    for name in ("stop", "bad_words"):
+        words = getattr(p, name)
+        if name == "stop" and isinstance(words, str):
+            words = [words]
+        if words is not None and not (_is_list(words) and all(isinstance(w, str) and w for w in words)):
             _fail(name, getattr(p, name), "a list of non-empty strings")
-    if p.logit_bias is not None and not isinstance(p.logit_bias, Mapping):
-        _fail("logit_bias", p.logit_bias, "a dict from token id to bias")
-    for token, bias in (p.logit_bias or {}).items():
-        if not _is_int(token) or token < 0 or not -100 <= bias <= 100:
+    if p.logit_bias is not None:
+        pairs = p.logit_bias.items() if isinstance(p.logit_bias, Mapping) else [(None, None)]
+        if not all(_is_int(t) and t >= 0 and _is_number(b) and -100 <= b <= 100 for t, b in pairs):
             _fail("logit_bias", p.logit_bias, "a dict from token id to a number in [-100, 100]")
 
 

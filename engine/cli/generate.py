@@ -51,7 +51,7 @@ def generate(
     continues the prompt's text.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    chosen = {
+    chosen: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,

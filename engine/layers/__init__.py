@@ -1,1 +1,1 @@
-"""The parts of a model: projections, norms, rotary embedding, attention, feed-forward; they know no architecture."""
+"""The parts of a model: projections, norms, rotary embedding, attention, feed-forward."""

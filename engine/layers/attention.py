@@ -7,7 +7,8 @@ from halimede.engine.layers.linear import Linear, MergedLinear
 from halimede.engine.layers.norm import RMSNorm
 from halimede.engine.layers.rotary import CosSin
 from halimede.engine.model_input import KVCache
-from halimede.kernels.attention import AttentionPlan, paged_attention
+from halimede.kernels.attention import paged_attention
+from halimede.kernels.attention_plan import AttentionPlan
 from halimede.kernels.kv_cache import write_kv
 from halimede.kernels.rotary import apply_rotary
 
@@ -50,7 +51,7 @@ class SelfAttention(nn.Module):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv: torch.Tensor = self.qkv_proj(hidden_states)
         qkv = qkv.view(-1, heads + 2 * kv_heads, self.head_dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is None or self.k_norm is None:
             apply_rotary(qkv[:, : heads + kv_heads], *rope)  # q and k are neighbours: one call rotates both
         else:

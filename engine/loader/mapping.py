@@ -32,8 +32,8 @@ class Plan:
 def plan_loading(model: nn.Module, names: Collection[str]) -> Plan:
     """Match the checkpoint's `names` with the parameters of `model`.
 
-    Parameters that are tied (one object under several names) are filled once, by the first of their names that
-    the checkpoint has; the others may be there and are not read.
+    Parameters that are tied (one object under several names) are filled once, by the first of their names
+    that the checkpoint has; the others may be there and are not read.
     """
     expected = _expected(model)
     renamed = _renamed(names, expected)

@@ -48,8 +48,8 @@ class SafetensorsWeights:
             tensor: torch.Tensor = self._files[path].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
             raise ModelLoadError(
-                f"{path}: the tensor {name!r} cannot be read ({error}); download the file again, or update torch "
-                "and safetensors if they are older than the checkpoint's data type"
+                f"{path}: the tensor {name!r} cannot be read ({error}); download the file again, or update "
+                "torch and safetensors if they are older than the checkpoint's data type"
             ) from error
         return tensor
 
@@ -88,8 +88,8 @@ def _checked_names(path: Path) -> list[str]:
         promised = max(promised, end)
     if data_bytes < promised:
         raise ModelLoadError(
-            f"{path} is truncated: its header promises {promised} bytes of tensors, the file has {data_bytes}; "
-            "download it again"
+            f"{path} is truncated: its header promises {promised} bytes of tensors, the file has "
+            f"{data_bytes}; download it again"
         )
     return sorted(begins, key=begins.__getitem__)
 
@@ -104,8 +104,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise ModelLoadError(f"{path} is truncated: it has {size} bytes, no header; download it again")
         if length > _MAX_HEADER_BYTES:
             raise ModelLoadError(
-                f"{path} is not a safetensors file: it begins with a header length of {length}, more than the "
-                f"{_MAX_HEADER_BYTES} allowed; it is corrupt or of another format: download it again"
+                f"{path} is not a safetensors file: it begins with a header length of {length}, more than "
+                f"the {_MAX_HEADER_BYTES} allowed; it is corrupt or of another format: download it again"
             )
         data_bytes = size - _LENGTH_BYTES - length
         if data_bytes < 0:

@@ -23,7 +23,8 @@ def check_is_weight_file(path: Path) -> None:
         raise ModelLoadError(f"{path} is empty; download it again")
     if start == _LFS_POINTER:
         raise ModelLoadError(
-            f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in {path.parent}, or download it again"
+            f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in {path.parent}, or download "
+            "it again"
         )
 
 
@@ -37,8 +38,8 @@ def locate_tensors(shards: Iterable[tuple[Path, Iterable[str]]]) -> dict[str, Pa
         for name in names:
             if name in located:
                 raise ModelLoadError(
-                    f"the tensor {name!r} is both in {located[name].name} and in {path.name} of {path.parent}; "
-                    "remove the file that does not belong to the checkpoint"
+                    f"the tensor {name!r} is both in {located[name].name} and in {path.name} of "
+                    f"{path.parent}; remove the file that does not belong to the checkpoint"
                 )
             located[name] = path
     return located

@@ -75,8 +75,8 @@ def _is_legacy(path: Path) -> bool:
     if start == _LEGACY_MAGIC:
         return True
     raise ModelLoadError(
-        f"{path} is not a file of torch.save: it begins with {start!r}; it is corrupt, or a plain pickle, which "
-        "may run code and is not read: download it again, or convert it to safetensors"
+        f"{path} is not a file of torch.save: it begins with {start!r}; it is corrupt, or a plain pickle, "
+        "which may run code and is not read: download it again, or convert it to safetensors"
     )
 
 
@@ -88,12 +88,13 @@ def _load(path: Path, mmap: bool) -> dict[str, torch.Tensor]:
         refused = re.search(r"unsupported (?:global|class|operand)[^\n]*", str(error), re.IGNORECASE)
         if refused:
             raise ModelLoadError(
-                f"{path} was refused by torch.load(weights_only=True): {refused[0][:200]}; it holds objects other "
-                "than tensors, which could run code: use a safetensors checkpoint, or convert this one where you "
-                "trust it"
+                f"{path} was refused by torch.load(weights_only=True): {refused[0][:200]}; it holds objects "
+                "other than tensors, which could run code: use a safetensors checkpoint, or convert this one "
+                "where you trust it"
             ) from None
         raise ModelLoadError(
-            f"{path} is truncated or corrupt ({type(error).__name__}: {_first_sentence(error)}); download it again"
+            f"{path} is truncated or corrupt ({type(error).__name__}: {_first_sentence(error)}); download it "
+            "again"
         ) from error
     return _tensors(content, path)
 
@@ -109,12 +110,14 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise ModelLoadError(
-            f"{path} holds a {type(content).__name__}, not a state dict; save model.state_dict() and load that"
+            f"{path} holds a {type(content).__name__}, not a state dict; save model.state_dict() and load "
+            "that"
         )
     # Whatever else training scripts keep there (step counts, names) cannot be a weight.
     tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ModelLoadError(
-            f"{path} holds no tensors, only the keys {sorted(map(str, content))[:5]}; is it a checkpoint of a model?"
+            f"{path} holds no tensors, only the keys {sorted(map(str, content))[:5]}; is it a checkpoint of "
+            "a model?"
         )
     return tensors

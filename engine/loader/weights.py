@@ -64,7 +64,8 @@ def load_weights(
 
     The model is built on the meta device. Two optional attributes of it are read: `packed_modules` names the
     modules that one fused module is made of (the fused module's `output_sizes` has the rows of each), and
-    `ignored_weights` holds regular expressions for tensors to leave out. Memory: the parameters and one tensor.
+    `ignored_weights` holds regular expressions of tensors to leave out. Memory: the parameters and one
+    tensor.
 
     Raises ModelLoadError, before anything is read, when a tensor is missing or nothing takes it, and while
     reading when one has the wrong shape; UnsupportedQuantizationError when one is not of a floating type.
@@ -89,8 +90,8 @@ def load_weights(
     except torch.OutOfMemoryError as error:
         needed = sum(math.prod(parameter.shape) for parameter in parameters.values()) * dtype.itemsize
         raise ModelLoadError(
-            f"the weights need {needed / _GIB:.2f} GiB in {dtype}, more than {device} has free; free its memory, or "
-            "take a smaller model or a device with more memory"
+            f"the weights need {needed / _GIB:.2f} GiB in {dtype}, more than {device} has free; free its "
+            "memory, or take a smaller model or a device with more memory"
         ) from error
     _assign(model, filled)
 
@@ -112,7 +113,8 @@ def _check_complete(model: nn.Module, plan: Plan, source: WeightSource) -> None:
         hint = "the checkpoint is incomplete or its config.json describes another model: download it again"
         if plan.missing == ("lm_head.weight",):
             hint = (
-                'if the model shares it with the embedding, set "tie_word_embeddings": true in its config.json; '
+                'if the model shares it with the embedding, set "tie_word_embeddings": true in its '
+                "config.json; "
                 "else download the checkpoint again"
             )
         searched = _some({source.where(name) for name in source.names()})
@@ -123,22 +125,24 @@ def _check_complete(model: nn.Module, plan: Plan, source: WeightSource) -> None:
     if plan.unexpected:
         listed = _some(f"{name} ({source.where(name)})" for name in plan.unexpected)
         raise ModelLoadError(
-            f"the checkpoint has {len(plan.unexpected)} tensors that {kind} has no place for: {listed}; without them "
-            "the results would be wrong: check that config.json belongs to these weights (biases, number of layers), "
-            "or that this variant of the architecture is supported"
+            f"the checkpoint has {len(plan.unexpected)} tensors that {kind} has no place for: {listed}; "
+            "without them the results would be wrong: check that config.json belongs to these weights "
+            "(biases, number of layers), or that this variant of the architecture is supported"
         )
 
 
 def _check_tensor(tensor: torch.Tensor, name: str, part: Slice, source: WeightSource) -> None:
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise UnsupportedQuantizationError(
-            f"{source.where(name)}: the tensor {name} is of type {tensor.dtype}, a quantized weight whose scheme the "
-            "config.json does not tell or that is not supported; use a checkpoint in float32, bfloat16 or float16"
+            f"{source.where(name)}: the tensor {name} is of type {tensor.dtype}, a quantized weight whose "
+            "scheme the config.json does not tell or that is not supported; use a checkpoint in float32, "
+            "bfloat16 or float16"
         )
     if tuple(tensor.shape) != part.shape:
         raise ModelLoadError(
-            f"{source.where(name)}: the tensor {name} has the shape {tuple(tensor.shape)}, expected {part.shape} "
-            "from the config.json; the two are not of the same model, or one of them is damaged: download both again"
+            f"{source.where(name)}: the tensor {name} has the shape {tuple(tensor.shape)}, expected "
+            f"{part.shape} from the config.json; the two are not of the same model, or one of them is "
+            "damaged: download both again"
         )
 
 

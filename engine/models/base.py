@@ -17,7 +17,7 @@ from halimede.engine.layers.rotary import CosSin, RotaryEmbedding
 from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
-from halimede.kernels.attention import AttentionPlan, plan_attention
+from halimede.kernels.attention_plan import AttentionPlan, plan_attention
 
 
 class DecoderLayer(nn.Module):
@@ -112,9 +112,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     @classmethod
@@ -125,11 +123,11 @@ class CausalLM(nn.Module):
     @property
     def ignored_weights(self) -> tuple[str, ...]:
         """Regular expressions of checkpoint tensors that are rightly not loaded."""
-        frequencies = r".*rotary_emb\.inv_freq"  # old checkpoints stored what the config already says
-        return (frequencies, r"lm_head\.weight") if self.lm_head is None else (frequencies,)
+        frequencies = r"rotary_emb\.inv_freq$"  # old checkpoints stored what the config already says
+        return (frequencies, r"^lm_head\.weight$") if self.lm_head is None else (frequencies,)
 
     def prepare(self, device: torch.device, dtype: torch.dtype, max_model_len: int) -> None:
-        """Build what is computed, not loaded: tables for positions below max_model_len. Call after loading."""
+        """Build what is computed, not loaded: tables for positions < max_model_len. Call after loading."""
         self.model.rotary_emb.prepare(device, max_model_len)
 
     def forward(self, model_input: ModelInput, kv_caches: Sequence[KVCache]) -> torch.Tensor:

@@ -22,7 +22,8 @@ class ArchitectureOptions:
 
     attention_bias: on q_proj, k_proj, v_proj. attention_output_bias: on o_proj.
     mlp_bias: on gate_proj, up_proj, down_proj. qk_norm: RMSNorm over each head of q and k.
-    sliding_windows: per layer, tokens that a token sees, itself included; None is all of them. Empty: no layer.
+    sliding_windows: per layer, how many tokens a token sees, itself included; None is all of them. Empty: no
+        layer has a window.
     """
 
     attention_bias: bool = False

@@ -21,11 +21,11 @@ class ConfigFields:
         """Whether the field is there and not null."""
         return self._config.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """A whole number of at least `minimum`."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(name, value, "a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.wrong(name, value, f"a whole number of at least {minimum}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -25,7 +25,7 @@ def read_layer_windows(fields: ConfigFields) -> tuple[int | None, ...]:
     window = fields.optional_integer("sliding_window") if fields.flag("use_sliding_window", False) else None
     types = fields.texts("layer_types")
     if not types:
-        first = _max_window_layers(fields) if window is not None else num_layers
+        first = num_layers if window is None else fields.integer("max_window_layers", minimum=0)
         return tuple(window if layer >= first else None for layer in range(num_layers))
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:

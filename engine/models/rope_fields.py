@@ -14,7 +14,9 @@ _DEFAULT_THETA = 10000.0
 
 def read_rope(fields: ConfigFields, head_dim: int) -> RopeConfig:
     """The rotary embedding of a config. Raises UnsupportedModelError for a rope type that is not known."""
-    rope = fields.section("rope_scaling") or fields.section("rope_parameters") or ConfigFields({}, fields.source)
+    rope = (
+        fields.section("rope_scaling") or fields.section("rope_parameters") or ConfigFields({}, fields.source)
+    )
     _refuse_rope_per_layer_type(rope)
     rope_type = _read_type(rope)
     theta = rope.number("rope_theta", fields.number("rope_theta", _DEFAULT_THETA))

@@ -1,56 +1,72 @@
-"""The noise behind random sampling: a stream keyed by (request seed, position of the new token) only.
+"""The noise behind random sampling: a function of (request seed, position of the new token, token id) only.
 
-A token's noise depends on nothing else, neither the batch, the row, the step nor what was drawn before, so
-a request gets the same tokens in any company, in any order and after a preemption.
-
-On the CPU the stream is NumPy's Philox with (seed, position) as its 128-bit key: counter-based, the same on
-every platform and NumPy version, and several times faster than torch's exponential_. torch's own CPU
-generator will not do: it keeps 32 bits of its seed, so different (seed, position) pairs would collide.
-On a GPU it is torch's Philox generator there, seeded with a 64-bit mix of the two.
+It depends on nothing else, neither the batch, the row, the step nor what was drawn before, so a request gets
+the same tokens in any company, in any order and after a preemption. It is SplitMix64 (Steele, Lea, Flood:
+"Fast splittable pseudorandom number generators", 2014) started at a 64-bit hash of seed and position and
+read at the token's place. Being counter-based it is computed only where it is needed, gives the same 32
+random bits on every device, and on a CPU costs half of torch's exponential_. (torch's CPU generator would not
+do anyway: it keeps 32 bits of its seed, so different requests could share their noise.)
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 _MASK64 = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+# (shift, multiplier) rounds of the SplitMix64 finalizer, then a last shift.
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LAST_SHIFT = 31
 # The largest float32 below 1: -log1p(-u) stays finite.
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-24
 
 
-def exponential_noise(keys: list[tuple[int, int]], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Exp(1) variables, float32 (len(keys), V), all > 0 and finite; row i depends only on keys[i].
+def stream_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """Where the streams of (seed, position) pairs start: int64 (len(keys)); a seed may be any integer."""
+    starts = [_mix(_mix(_MASK64 & (seed + _GAMMA)) ^ position) for seed, position in keys]
+    return torch.from_numpy(np.array(starts, dtype=np.uint64).view(np.int64)).to(device)
 
-    keys: (seed, position) of each row; the seed may be any integer.
+
+def exponential_noise(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Exp(1) variables, all > 0 and finite, float32 of the broadcast shape of the two arguments.
+
+    starts: from stream_keys. token_ids: int64.
     """
-    if device.type == "cpu":
-        return _cpu_noise(keys, vocab_size)
-    noise = torch.empty(len(keys), vocab_size, dtype=torch.float32, device=device)
-    generator = torch.Generator(device=device)
-    for row, (seed, position) in zip(noise, keys, strict=True):
-        generator.manual_seed(_mix64(seed, position))
-        row.exponential_(generator=generator)
-    return noise.clamp_(min=2.0**-33)
-
-
-def _cpu_noise(keys: list[tuple[int, int]], vocab_size: int) -> torch.Tensor:
-    uniform = np.empty((len(keys), vocab_size), dtype=np.float32)
-    for row, (seed, position) in zip(uniform, keys, strict=True):
-        key = np.array([seed & _MASK64, position], dtype=np.uint64)
-        raw = np.random.Philox(key=key).random_raw((vocab_size + 1) // 2)
-        row[:] = raw.view(np.uint32)[:vocab_size]
+    bits = _cpu_bits(starts, token_ids) if starts.device.type == "cpu" else torch_bits(starts, token_ids)
     # Small values decide who wins, and there float32 keeps all 32 random bits.
-    noise = torch.from_numpy(uniform).add_(0.5).mul_(2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
-    return noise.neg_().log1p_().neg_()
+    uniform = bits.add_(0.5).mul_(2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
+    return uniform.neg_().log1p_().neg_()
 
 
-def _mix64(seed: int, position: int) -> int:
-    """A 64-bit hash of the two; each is hashed in turn, so that neighbours do not meet (SplitMix64)."""
-    return _splitmix64(_splitmix64(seed & _MASK64) ^ position)
+def _cpu_bits(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """What torch_bits returns, in less than half the time."""
+    z: npt.NDArray[np.uint64] = token_ids.numpy().view(np.uint64) * np.uint64(_GAMMA)
+    z = z + starts.numpy().view(np.uint64)
+    for shift, multiplier in _ROUNDS:
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(multiplier)
+    z ^= z >> np.uint64(_LAST_SHIFT)
+    return torch.from_numpy((z >> np.uint64(32)).astype(np.float32))
 
 
-def _splitmix64(state: int) -> int:
-    """One output of SplitMix64 (Steele, Lea, Flood 2014), a bijection of 64-bit integers."""
-    z = (state + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+def torch_bits(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """The 32 random bits of each token as float32, with int64 arithmetic that wraps around."""
+    z = token_ids * _signed(_GAMMA) + starts
+    for shift, multiplier in _ROUNDS:
+        z ^= (z >> shift) & ((1 << (64 - shift)) - 1)
+        z *= _signed(multiplier)
+    z ^= (z >> _LAST_SHIFT) & ((1 << (64 - _LAST_SHIFT)) - 1)
+    return ((z >> 32) & 0xFFFFFFFF).float()
+
+
+def _mix(z: int) -> int:
+    """SplitMix64's finalizer, a bijection of 64-bit integers."""
+    for shift, multiplier in _ROUNDS:
+        z = ((z ^ (z >> shift)) * multiplier) & _MASK64
+    return z ^ (z >> _LAST_SHIFT)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

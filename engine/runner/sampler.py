@@ -6,11 +6,12 @@ takes the largest logit, any other row draws after temperature, min_p, top_k and
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from halimede.engine.runner.logits import adjust_logits, filter_logits
 from halimede.engine.runner.logprobs import token_logprobs
-from halimede.engine.runner.random_stream import exponential_noise
+from halimede.engine.runner.random_stream import exponential_noise, stream_keys
 from halimede.engine.runner.sampling_metadata import RandomRows, SamplingMetadata
 from halimede.scheduler.output import TokenLogprobs
 
@@ -60,7 +61,7 @@ def sample(logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
 def _choose(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
     """The chosen tokens (S) int64; a negative one is the code of the row's error."""
     if not metadata.changes_logits:
-        chosen = logits.argmax(dim=-1)
+        chosen = _argmax(logits)
         # argmax takes a NaN for the largest, so the chosen logit tells whether the row is sound.
         largest = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
         return chosen.masked_fill_(~largest.isfinite(), _NOT_FINITE)
@@ -68,11 +69,11 @@ def _choose(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
     adjust_logits(logits, metadata)
     empty = logits.amax(dim=-1) == -torch.inf if metadata.masks_tokens else None
     if metadata.random is None:
-        chosen = logits.argmax(dim=-1)
+        chosen = _argmax(logits)
     elif metadata.random.rows is None:
         chosen = _draw(logits, metadata.random)
     else:
-        chosen = logits.argmax(dim=-1)
+        chosen = _argmax(logits)
         chosen[metadata.random.rows] = _draw(logits[metadata.random.rows], metadata.random)
     if empty is not None:
         chosen.masked_fill_(empty, _ALL_FORBIDDEN)
@@ -86,5 +87,31 @@ def _draw(logits: torch.Tensor, random: RandomRows) -> torch.Tensor:
     It needs no normalisation, and a tiny change of the logits rarely changes the token.
     """
     filter_logits(logits, random)
-    logits -= exponential_noise(random.keys, logits.shape[-1], logits.device).log_()
+    starts = stream_keys(random.keys, logits.device)
+    if logits.device.type == "cpu":
+        _add_gumbel_by_row(logits, starts, sparse=random.filters)
+    else:
+        tokens = torch.arange(logits.shape[-1], device=logits.device)
+        logits -= exponential_noise(starts.unsqueeze(1), tokens).log_()
+    return _argmax(logits)
+
+
+def _add_gumbel_by_row(logits: torch.Tensor, starts: torch.Tensor, *, sparse: bool) -> None:
+    """logits (D, V) -= log(noise), one row at a time, which a CPU's cache holds.
+
+    sparse: most logits are -inf, which no noise changes, so that noise is made for the others only.
+    """
+    tokens = torch.arange(logits.shape[-1])
+    for row, start in zip(logits, starts, strict=True):
+        if sparse:
+            left = torch.from_numpy(np.flatnonzero(row.numpy() > -np.inf))
+            row[left] -= exponential_noise(start, left).log_()
+        else:
+            row -= exponential_noise(start, tokens).log_()
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the largest logits, or the first NaN, of each row (S, V): int64 (S)."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))  # several times faster than torch's
     return logits.argmax(dim=-1)

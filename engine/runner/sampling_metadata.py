@@ -6,6 +6,7 @@ S is the number of rows that sample, V the vocabulary size.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from halimede.engine.runner.sequence_state import SequenceState
@@ -16,10 +17,13 @@ _Value = Callable[[SamplingParams], float]
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """The rows with a penalty: rows (P) int64; seen (P, V) bool; output_counts (P, V) int32; factors (P, 1)."""
+    """The tokens that penalties touch, C of them in all rows together.
+
+    rows, token_ids (C) int64; output_counts (C) int32; repetition, frequency, presence (C) float32.
+    """
 
     rows: torch.Tensor
-    seen: torch.Tensor
+    token_ids: torch.Tensor
     output_counts: torch.Tensor
     repetition: torch.Tensor
     frequency: torch.Tensor
@@ -28,9 +32,10 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class RandomRows:
-    """The rows that draw: rows (D) int64, None if all of them do; temperature, min_p (D, 1); top_k, top_p (D).
+    """The rows that draw: rows (D) int64, None if all rows do.
 
-    keys: (seed, position of the new token) of each. top_k is V and top_p 1 for rows that do not use them.
+    keys: (seed, position of the new token) of each. temperature, min_p: float32 (D, 1).
+    top_k (D) int64, V for rows without it; top_p (D) float32, 1 for rows without it.
     """
 
     rows: torch.Tensor | None
@@ -39,6 +44,11 @@ class RandomRows:
     min_p: torch.Tensor | None
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
+
+    @property
+    def filters(self) -> bool:
+        """Whether any row may draw from part of the vocabulary only."""
+        return self.min_p is not None or self.top_k is not None or self.top_p is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +136,23 @@ def _column(params: Sequence[SamplingParams], value: _Value, device: torch.devic
 
 
 def _penalties(states: Sequence[SequenceState], device: torch.device) -> Penalties | None:
-    used = [(row, s, s.counts) for row, s in enumerate(states) if s.counts is not None]
+    used = [
+        (row, s.request.sampling_params, s.counts) for row, s in enumerate(states) if s.counts is not None
+    ]
     if not used:
         return None
-    params = [state.request.sampling_params for _, state, _ in used]
+    sizes = [len(counts.token_ids) for _, _, counts in used]
+
+    def repeated(values: list[float], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), sizes)).to(device)
+
     return Penalties(
-        rows=torch.tensor([row for row, _, _ in used], dtype=torch.int64).to(device),
-        seen=torch.stack([counts.seen for _, _, counts in used]),
-        output_counts=torch.stack([counts.output for _, _, counts in used]),
-        repetition=_column(params, lambda p: p.repetition_penalty, device),
-        frequency=_column(params, lambda p: p.frequency_penalty, device),
-        presence=_column(params, lambda p: p.presence_penalty, device),
+        rows=repeated([row for row, _, _ in used], np.int64),
+        token_ids=torch.from_numpy(np.concatenate([c.token_ids for _, _, c in used])).to(device),
+        output_counts=torch.from_numpy(np.concatenate([c.output_counts for _, _, c in used])).to(device),
+        repetition=repeated([p.repetition_penalty for _, p, _ in used], np.float32),
+        frequency=repeated([p.frequency_penalty for _, p, _ in used], np.float32),
+        presence=repeated([p.presence_penalty for _, p, _ in used], np.float32),
     )
 
 

@@ -8,23 +8,39 @@ from halimede.scheduler.output import NewSequence
 
 
 class TokenCounts:
-    """How often each token occurs, kept up to date token by token, for the penalties.
+    """How often each token that a penalty may touch occurs, kept up to date token by token.
 
-    seen (V) bool: in the prompt or the output. output (V) int32: occurrences in the output.
+    Only tokens that occur are kept: they are few beside the vocabulary.
     """
 
-    __slots__ = ("output", "seen")
+    __slots__ = ("_counts", "_index", "_tokens")
 
-    def __init__(self, token_ids: list[int], num_prompt_tokens: int, vocab_size: int, device: torch.device):
-        tokens = torch.tensor(token_ids, dtype=torch.int64)
-        counts = torch.bincount(tokens[num_prompt_tokens:], minlength=vocab_size)
-        self.output = counts.to(device, torch.int32)
-        self.seen = (torch.bincount(tokens, minlength=vocab_size) > 0).to(device)
+    def __init__(self, prompt: list[int], output: list[int]) -> None:
+        tokens, places = np.unique(np.array(prompt + output, dtype=np.int64), return_inverse=True)
+        output_counts = np.bincount(places[len(prompt) :], minlength=len(tokens))
+        self._index = {int(token): place for place, token in enumerate(tokens)}
+        self._tokens: npt.NDArray[np.int64] = tokens
+        self._counts: npt.NDArray[np.int32] = output_counts.astype(np.int32)
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int64]:
+        """The different tokens that occur."""
+        return self._tokens[: len(self._index)]
+
+    @property
+    def output_counts(self) -> npt.NDArray[np.int32]:
+        """How often each of them occurs in the output."""
+        return self._counts[: len(self._index)]
 
     def add(self, token_id: int) -> None:
         """Count one more generated token."""
-        self.output[token_id] += 1
-        self.seen[token_id] = True
+        place = self._index.setdefault(token_id, len(self._index))
+        if place == len(self._tokens):
+            room = 16 + len(self._tokens)
+            self._tokens = np.concatenate([self._tokens, np.zeros(room, dtype=np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(room, dtype=np.int32)])
+        self._tokens[place] = token_id
+        self._counts[place] += 1
 
 
 class SequenceState:
@@ -46,7 +62,9 @@ class SequenceState:
         self._num_blocks = 0
         self.counts: TokenCounts | None = None
         if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
-            self.counts = TokenCounts(self.token_ids, self.num_prompt_tokens, vocab_size, device)
+            # The other two penalties do not look at the prompt.
+            prompt = self.token_ids[: self.num_prompt_tokens] if params.repetition_penalty != 1.0 else []
+            self.counts = TokenCounts(prompt, self.token_ids[self.num_prompt_tokens :])
         self.forbidden: torch.Tensor | None = None
         if params.allowed_token_ids is not None:
             allowed = [token for token in params.allowed_token_ids if token < vocab_size]

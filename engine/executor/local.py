@@ -1,0 +1,97 @@
+"""Runs the model in this process, on one device."""
+
+import gc
+import logging
+import sys
+import time
+
+import torch
+
+from halimede.engine.config import EngineConfig
+from halimede.engine.executor.device import resolve_device, resolve_dtype
+from halimede.engine.loader.model_files import ModelFiles
+from halimede.engine.loader.weights import load_weights, open_weights
+from halimede.engine.models.base import CausalLM
+from halimede.engine.models.config import ModelConfig
+from halimede.engine.models.registry import build_model
+from halimede.engine.runner.kv_cache import (
+    KVCacheSpec,
+    allocate_kv_caches,
+    check_max_model_len,
+    size_kv_cache,
+)
+from halimede.engine.runner.memory import cpu_kv_bytes, gpu_kv_bytes
+from halimede.engine.runner.model_runner import ModelRunner
+from halimede.errors import EngineDeadError
+from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+
+class LocalExecutor:
+    """Loads the model, sizes and allocates the KV cache, and runs steps.
+
+    Raises ConfigError for a device, dtype, length or cache size that cannot be had, ModelLoadError for
+    weights that cannot be loaded.
+    """
+
+    def __init__(self, config: EngineConfig, files: ModelFiles, model_config: ModelConfig) -> None:
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, model_config.dtype, self.device)
+        longest = check_max_model_len(config, model_config)
+        model = _load(files, model_config, self.device, self.dtype, longest)
+        spec = KVCacheSpec.from_model(model_config, dtype=self.dtype, block_size=config.block_size)
+
+        def free_bytes() -> int:
+            if self.device.type == "cpu":
+                return cpu_kv_bytes()
+            return gpu_kv_bytes(model, spec, config, longest, self.device)
+
+        size = size_kv_cache(config, model_config, spec, free_bytes)
+        self.num_blocks = size.num_blocks
+        self.max_model_len = size.max_model_len
+        kv_caches = allocate_kv_caches(spec, size.num_blocks, self.device)
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %.2f GiB; max_model_len %d",
+            size.num_blocks,
+            spec.block_size,
+            size.num_blocks * spec.bytes_per_block / (1 << 30),
+            size.max_model_len,
+        )
+        self._runner: ModelRunner | None = ModelRunner(
+            model, kv_caches, block_size=spec.block_size, device=self.device
+        )
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step. EngineDeadError after shutdown."""
+        if self._runner is None:
+            raise EngineDeadError("the engine has been shut down; make a new one")
+        return self._runner.execute(output)
+
+    def shutdown(self) -> None:
+        """Free the weights and the KV cache."""
+        if self._runner is None:
+            return
+        self._runner = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _load(
+    files: ModelFiles, config: ModelConfig, device: torch.device, dtype: torch.dtype, max_model_len: int
+) -> CausalLM:
+    start = time.monotonic()
+    model = build_model(config)
+    with open_weights(files) as source:
+        load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
+    model.prepare(device, dtype, max_model_len)
+    logger.info(
+        "loaded %s (%s) in %s on %s in %.1f s",
+        files.reference,
+        config.architecture,
+        str(dtype).removeprefix("torch."),
+        device,
+        time.monotonic() - start,
+    )
+    return model

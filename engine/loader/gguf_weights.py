@@ -1,0 +1,156 @@
+"""The weights of a GGUF under their Hugging Face names, one dequantized tensor at a time."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from halimede.engine.loader.gguf_file import GgufFile, open_gguf_shards
+from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
+
+if TYPE_CHECKING:
+    from gguf.gguf_reader import ReaderTensor
+
+# Elements dequantized at once: gguf's own 16 rows at a time are four times slower on narrow matrices, and
+# larger pieces gain nothing and hold more temporary memory.
+_CHUNK = 1 << 17
+
+_OUTSIDE_LAYERS = ("model.embed_tokens", "model.norm", "lm_head")
+_IN_LAYER = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")),
+)
+# Not weights: the configuration carries them.
+_IN_CONFIG = ("rope_freqs.weight",)
+
+
+class GgufWeights:
+    """A WeightSource over the shards of one GGUF model.
+
+    A quantized tensor comes out as float32; F16, BF16 and F32 come as they are, as views of the mapped file
+    unless their rows must be reordered. Tensors that have no Hugging Face name keep their GGUF name.
+
+    Raises ModelLoadError for unreadable files, UnsupportedModelError for an unknown architecture, and from
+    `get` UnsupportedQuantizationError for a type that the gguf package cannot dequantize.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        files = open_gguf_shards(paths)
+        meta = files[0]
+        arch = meta.need("general.architecture", str)
+        num_layers = meta.need(f"{arch}.block_count", int)
+        if num_layers > sum(len(file.tensors) for file in files):
+            raise ModelLoadError(f"{meta.path}: {num_layers} layers have no tensors; download it again")
+        hf_names = _hf_names(arch, num_layers, meta.path)
+        self._tensors: dict[str, tuple[GgufFile, ReaderTensor]] = {}
+        for file in files:
+            for name, tensor in file.tensors.items():
+                if name not in _IN_CONFIG:
+                    self._tensors[hf_names.get(name, name)] = (file, tensor)
+        self._permuted_heads = _permuted_heads(meta) if arch == "llama" else {}
+
+    def names(self) -> Collection[str]:
+        """Hugging Face names of all weights."""
+        return self._tensors.keys()
+
+    def where(self, name: str) -> str:
+        """The name of the file that holds weight `name`."""
+        return self._find(name)[0].path.name
+
+    def get(self, name: str) -> torch.Tensor:
+        """Weight `name` on the CPU, as Hugging Face lays it out."""
+        file, tensor = self._find(name)
+        data: np.ndarray[Any, Any] = tensor.data
+        heads = self._permuted_heads.get(name.rsplit(".", 2)[-2]) if name.count(".") >= 2 else None
+        if heads is not None:
+            # Whole rows move, so this is done on the quantized bytes.
+            data = _undo_permutation(data, heads, f"{file.path}: {tensor.name}")
+        kind = tensor.tensor_type.name
+        if kind == "BF16":
+            return torch.from_numpy(data).view(torch.bfloat16)
+        if data.dtype != np.uint8:
+            return torch.from_numpy(data)
+        try:
+            return torch.from_numpy(_dequantize(data, tensor))
+        except NotImplementedError as error:
+            raise UnsupportedQuantizationError(
+                f"{file.path}: tensor {tensor.name} is {kind}, which cannot be dequantized; "
+                "use a GGUF of another type, such as Q8_0 or Q4_K_M"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the files; tensors handed out as views keep theirs mapped."""
+        self._tensors = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _find(self, name: str) -> "tuple[GgufFile, ReaderTensor]":
+        if name not in self._tensors:
+            raise ModelLoadError(f"no tensor {name} in the GGUF; it has {len(self._tensors)} others")
+        return self._tensors[name]
+
+
+def _hf_names(arch: str, num_layers: int, path: Path) -> dict[str, str]:
+    """GGUF tensor name -> Hugging Face name, through the map that GGUF files are made with."""
+    from gguf import get_tensor_name_map
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
+    if arch not in known:
+        raise UnsupportedModelError(f"{path}: architecture {arch!r} is not supported in GGUF")
+    to_gguf = get_tensor_name_map(known[arch], num_layers)
+    modules = [
+        *_OUTSIDE_LAYERS,
+        *(f"model.layers.{i}.{part}" for i in range(num_layers) for part in _IN_LAYER),
+    ]
+    names = {}
+    for module in modules:
+        gguf_name = to_gguf.get_name(module)
+        if gguf_name is not None:
+            for kind in ("weight", "bias"):
+                names[f"{gguf_name}.{kind}"] = f"{module}.{kind}"
+    return names
+
+
+def _permuted_heads(meta: GgufFile) -> dict[str, int]:
+    """Heads of the projections whose rows are reordered in a file of architecture "llama".
+
+    GGUF pairs neighbouring rows of a head for the rotary embedding, Hugging Face row i with row i + D/2.
+    """
+    heads = meta.need("llama.attention.head_count", int)
+    return {"q_proj": heads, "k_proj": meta.find("llama.attention.head_count_kv", int) or heads}
+
+
+def _undo_permutation(data: np.ndarray[Any, Any], heads: int, where: str) -> np.ndarray[Any, Any]:
+    """Rows (heads * D, ...) from GGUF's order in a head, 0, D/2, 1, D/2 + 1, ..., to 0, 1, 2, ..."""
+    rows = data.shape[0]
+    if heads < 1 or rows % (2 * heads) != 0:
+        raise ModelLoadError(f"{where} has {rows} rows, which {heads} heads do not divide; convert it again")
+    paired = data.reshape(heads, rows // heads // 2, 2, *data.shape[1:])
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(data.shape)
+
+
+def _dequantize(data: np.ndarray[Any, Any], tensor: "ReaderTensor") -> np.ndarray[Any, Any]:
+    """Quantized rows (rows, bytes) to float32 (rows, columns), a chunk at a time."""
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    block, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
+    blocks = data.reshape(-1, block_bytes)
+    result = np.empty((len(blocks), block), np.float32)
+    step = max(1, _CHUNK // block)
+    for start in range(0, len(blocks), step):
+        chunk = blocks[start : start + step].reshape(1, -1)
+        result[start : start + step] = dequantize(chunk, tensor.tensor_type).reshape(-1, block)
+    return result.reshape(*data.shape[:-1], data.shape[-1] // block_bytes * block)

@@ -1,0 +1,130 @@
+"""Finds the files of a model: a directory, a .gguf file or a repository on the Hugging Face hub."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from halimede.engine.loader.checkpoint_files import (
+    TOKENIZER_FILES,
+    WeightChoice,
+    choose_weights,
+    matching,
+    read_index,
+)
+from halimede.engine.loader.hub import HubRepository
+from halimede.engine.loader.model_files import ModelFiles
+from halimede.errors import ModelLoadError
+
+# owner/name or name, then perhaps a quantization or file name: owner/name:Q4_K_M
+_HUB_REFERENCE = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<quant>[\w.-]+))?", re.ASCII)
+
+
+def resolve_model(
+    reference: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    download_dir: str | None = None,
+) -> ModelFiles:
+    """Find, and from the hub download, the files of the model that `reference` names.
+
+    A reference is a directory in the Hugging Face layout (or with GGUF files in it), the path of a .gguf
+    file, or a repository on the hub, `owner/name`, where `owner/name:Q4_K_M` picks one of its GGUF files.
+    What exists here goes before the hub. `revision`, `token` and `download_dir` matter to the hub only.
+
+    Raises ModelLoadError when the model cannot be found, had or understood.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return _from_directory(reference, path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(
+                f"{reference} is a file but not a .gguf; give the directory that it lies in, with its "
+                "config.json"
+            )
+        return _from_gguf(reference, path, {})
+    if _looks_like_path(reference):
+        raise ModelLoadError(
+            f"{reference} does not exist (looked in {Path.cwd()}); check the path, or give a Hugging Face id "
+            "like owner/name"
+        )
+    match = _HUB_REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ModelLoadError(
+            f"{reference!r} is not the path of anything here, nor a Hugging Face id like owner/name or "
+            "owner/name:Q4_K_M; check the spelling"
+        )
+    repository = HubRepository(match["name"], revision=revision, token=token, download_dir=download_dir)
+    folder, choice = repository.fetch(match["quant"])
+    return _assemble(reference, folder, choice)
+
+
+def _looks_like_path(reference: str) -> bool:
+    if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        return True
+    return reference.endswith(".gguf") and ":" not in reference  # owner/name:file.gguf is the hub's
+
+
+def _from_directory(reference: str, folder: Path) -> ModelFiles:
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+    except OSError as error:
+        raise ModelLoadError(f"{folder} cannot be listed ({error}); check its rights") from error
+    choice = choose_weights(names, str(folder))
+    if choice.index is not None:
+        choice = WeightChoice(choice.format, read_index(folder / choice.index, names))
+    return _assemble(reference, folder, choice)
+
+
+def _assemble(reference: str, folder: Path, choice: WeightChoice) -> ModelFiles:
+    generation_path = folder / "generation_config.json"
+    generation_config = _read_json(generation_path) if generation_path.is_file() else {}
+    if choice.format == "gguf":
+        return _from_gguf(reference, folder / choice.names[0], generation_config)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise ModelLoadError(
+            f"{config_path} is missing beside {choice.names[0]}; give a directory with the checkpoint's "
+            "config.json"
+        )
+    files = (path.relative_to(folder).as_posix() for path in folder.iterdir())
+    return ModelFiles(
+        reference=reference,
+        format=choice.format,
+        weights=tuple(folder / name for name in choice.names),
+        config=_read_json(config_path),
+        config_source=str(config_path),
+        generation_config=generation_config,
+        tokenizer_path=folder if matching(files, TOKENIZER_FILES) else None,
+    )
+
+
+def _from_gguf(reference: str, path: Path, generation_config: dict[str, Any]) -> ModelFiles:
+    from halimede.engine.loader.gguf import find_gguf_shards, read_gguf_config
+
+    shards = find_gguf_shards(path)
+    return ModelFiles(
+        reference=reference,
+        format="gguf",
+        weights=shards,
+        config=read_gguf_config(shards),
+        config_source=str(path),
+        generation_config=generation_config,
+        tokenizer_path=shards[0],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read ({error}); check its rights") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ModelLoadError(f"{path} is not valid JSON ({error}); repair it or download it again") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(
+            f"{path} holds a {type(content).__name__}, not a JSON object; repair it or download it again"
+        )
+    return content

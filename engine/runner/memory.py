@@ -1,0 +1,100 @@
+"""How many bytes the KV cache may take when the configuration does not say."""
+
+import gc
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from halimede.engine.config import EngineConfig
+from halimede.engine.models.base import CausalLM
+from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
+from halimede.engine.runner.model_runner import ModelRunner
+from halimede.scheduler.output import NewSequence, ScheduledSequence, SchedulerOutput
+from halimede.scheduler.request import Request
+from halimede.scheduler.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+_CPU_SHARE = 0.4
+_CPU_MOST = 4 * _GIB
+_MEMINFO = Path("/proc/meminfo")
+
+
+def cpu_kv_bytes(meminfo: Path = _MEMINFO) -> int:
+    """A CPU's default: 40% of the memory that is available, at most 4 GiB."""
+    return min(_CPU_MOST, int(_CPU_SHARE * available_memory(meminfo)))
+
+
+def available_memory(meminfo: Path = _MEMINFO) -> int:
+    """Bytes that can be used without swapping; all physical memory where the system does not tell."""
+    try:
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_kv_bytes(
+    model: CausalLM, spec: KVCacheSpec, config: EngineConfig, max_model_len: int, device: torch.device
+) -> int:
+    """gpu_memory_utilization of the GPU, less what is in use and what the largest step needs on top.
+
+    What is in use includes other processes. The largest step is measured by running one.
+    """
+    peak = _activation_peak(model, spec, config, max_model_len, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    available = int(config.gpu_memory_utilization * total) - (total - free) - peak
+    logger.info(
+        "GPU memory: %.2f GiB, %.2f in use, %.2f for activations, %.2f for the KV cache",
+        *(size / _GIB for size in (total, total - free, peak, max(available, 0))),
+    )
+    return max(available, 0)
+
+
+def _activation_peak(
+    model: CausalLM, spec: KVCacheSpec, config: EngineConfig, max_model_len: int, device: torch.device
+) -> int:
+    """Bytes that a step of max_num_batched_tokens tokens allocates beyond weights and cache."""
+    kv_caches = allocate_kv_caches(spec, 1, device)
+    runner = ModelRunner(model, kv_caches, block_size=spec.block_size, device=device)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    runner.execute(largest_step(config, spec, max_model_len))
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def largest_step(config: EngineConfig, spec: KVCacheSpec, max_model_len: int) -> SchedulerOutput:
+    """A made-up step of max_num_batched_tokens tokens in which all sequences use the costly options.
+
+    As many sequences as may run; the first ones take the tokens, up to max_model_len each, so that there is
+    a long prompt as well as single tokens. All blocks are the null block: nothing is written elsewhere.
+    """
+    rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+    spare = config.max_num_batched_tokens - rows
+    params = SamplingParams(top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=0, prompt_logprobs=0)
+    scheduled = []
+    for seq_id in range(rows):
+        more = min(spare, max_model_len - 1)
+        spare -= more
+        tokens = (0,) * (1 + more)
+        request = Request(f"memory-{seq_id}", tokens, params, seed=0, arrival_time=0.0)
+        scheduled.append(
+            ScheduledSequence(
+                seq_id=seq_id,
+                token_ids=tokens,
+                num_computed_tokens=0,
+                new_block_ids=(0,) * spec.blocks_for(len(tokens)),
+                needs_sample=True,
+                new=NewSequence(request, tokens, len(tokens)),
+            )
+        )
+    return SchedulerOutput(step=0, scheduled=tuple(scheduled))

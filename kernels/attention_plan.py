@@ -1,0 +1,164 @@
+"""What attention must know of a step, worked out once for all layers that share a sliding window.
+
+Row r (a sequence) has seq_lens[r] tokens in the cache; its last query_start_loc[r + 1] - query_start_loc[r]
+are the step's query tokens. Rows with one query token (decode) are batched; the others (prefill) go one by
+one, their queries in tiles, so that no score matrix grows with the square of a prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from halimede.kernels.kv_cache import cache_rows
+
+# Elements of k (and as many of v) that a decode batch gathers: 128 MiB of float32. A step that needs more is
+# split, longest rows first, which also keeps short rows from being padded to the longest.
+_MAX_BATCH_ELEMENTS = 1 << 25
+# Scores of one head in one prefill tile.
+_MAX_TILE_SCORES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """G rows with one query token each, their contexts padded to the longest, S.
+
+    tokens (G) int64: the query tokens. cache_rows (G * K * S) int64: where their keys and values lie in a
+    cache seen as (N * K * B, D); padding repeats the row's last token. mask (G, 1, 1, S): added to the
+    scores, -inf on padding.
+    """
+
+    tokens: torch.Tensor
+    cache_rows: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTile:
+    """Query tokens start .. stop - 1 of the step against keys first_key .. last_key - 1 of their context.
+
+    mask (queries, keys) bool, True where a query sees a key; None when queries and keys are the same tokens
+    and plain causal masking is right.
+    """
+
+    start: int
+    stop: int
+    first_key: int
+    last_key: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """One row with several query tokens; cache_rows (K * S) int64: the context that they can see."""
+
+    cache_rows: torch.Tensor
+    tiles: tuple[PrefillTile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """A step as paged_attention runs it.
+
+    scratch: room for the gathered k and v of the largest decode batch, (rows, D) each. Kept for the step:
+    on a CPU fresh memory in every layer costs several times the gather itself.
+    """
+
+    decode: tuple[DecodeBatch, ...]
+    prefill: tuple[PrefillRow, ...]
+    scratch: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row in host integers: its query tokens start .. start + count - 1 see the last `context` tokens."""
+
+    index: int
+    start: int
+    count: int
+    seq_len: int
+    context: int
+
+
+def plan_attention(
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    k_cache: torch.Tensor,
+    sliding_window: int | None = None,
+) -> AttentionPlan:
+    """Plan a step: block_tables (R, max_blocks), query_start_loc (R + 1), seq_lens (R), all integers.
+
+    k_cache (N, K, B, D): one layer's, for its shape, dtype and device. sliding_window: tokens that a token
+    sees, itself included; None is all. Reads the lengths back to the host (one synchronisation on a GPU).
+    """
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+    rows = _read_rows(query_start_loc.tolist(), seq_lens.tolist(), sliding_window)
+
+    def rows_of(tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        blocks = tables.long().gather(1, positions // block_size)
+        return cache_rows(blocks * block_size + positions % block_size, num_kv_heads, block_size).flatten()
+
+    decode = []
+    for batch in _split_decode([row for row in rows if row.count == 1], num_kv_heads * head_dim):
+        index, start, seq_len, context = (
+            torch.tensor([getattr(row, field) for row in batch], device=k_cache.device)
+            for field in ("index", "start", "seq_len", "context")
+        )
+        steps = torch.arange(batch[0].context, device=k_cache.device)
+        positions = torch.minimum((seq_len - context)[:, None] + steps, (seq_len - 1)[:, None])
+        mask = torch.zeros(positions.shape, dtype=k_cache.dtype, device=k_cache.device)
+        mask.masked_fill_(steps >= context[:, None], float("-inf"))
+        decode.append(DecodeBatch(start, rows_of(block_tables[index], positions), mask[:, None, None]))
+    prefill = []
+    for row in (row for row in rows if row.count > 1):
+        positions = torch.arange(row.seq_len - row.context, row.seq_len, device=k_cache.device)[None]
+        table = block_tables[row.index][None]
+        tiles = tuple(_split_prefill(row, sliding_window, k_cache.device))
+        prefill.append(PrefillRow(rows_of(table, positions), tiles))
+    size = max((batch.cache_rows.shape[0] for batch in decode), default=0)
+    scratch = (k_cache.new_empty(size, head_dim), k_cache.new_empty(size, head_dim))
+    return AttentionPlan(tuple(decode), tuple(prefill), scratch)
+
+
+def _read_rows(starts: list[int], seq_lens: list[int], window: int | None) -> list[_Row]:
+    """The rows that have query tokens."""
+    rows = []
+    for index, (start, stop, seq_len) in enumerate(zip(starts[:-1], starts[1:], seq_lens, strict=True)):
+        count = stop - start
+        assert 0 <= count <= seq_len, f"row {index} runs {count} tokens but is only {seq_len} long"
+        context = seq_len if window is None else min(seq_len, window + count - 1)
+        if count:
+            rows.append(_Row(index, start, count, seq_len, context))
+    return rows
+
+
+def _split_decode(rows: list[_Row], elements_per_token: int) -> Iterator[list[_Row]]:
+    """Batches of rows, longest first, each within _MAX_BATCH_ELEMENTS (or one row alone)."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: -row.context):
+        if batch and (len(batch) + 1) * batch[0].context * elements_per_token > _MAX_BATCH_ELEMENTS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _split_prefill(row: _Row, window: int | None, device: torch.device) -> Iterator[PrefillTile]:
+    """Tiles of queries, each with the keys that at least one of its queries sees."""
+    size = max(1, _MAX_TILE_SCORES // row.context)
+    origin, first_query = row.seq_len - row.context, row.seq_len - row.count
+    for begin in range(0, row.count, size):
+        end = min(begin + size, row.count)
+        query, stop = first_query + begin, first_query + end
+        key = 0 if window is None else max(0, query - window + 1)
+        mask = None
+        if key != query or (window is not None and end - begin > window):
+            queries = torch.arange(query, stop, device=device)[:, None]
+            keys = torch.arange(key, stop, device=device)
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
+        yield PrefillTile(row.start + begin, row.start + end, key - origin, stop - origin, mask)

@@ -1,0 +1,392 @@
+"""What runs next: continuous batching by a token budget, without phases.
+
+Every step hands out max_num_batched_tokens so that each sequence's computed tokens catch up with its known
+ones. That one rule is prefill, chunked prefill, decode, prefix-cache hits and resuming after a preemption.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from itertools import islice, pairwise
+from math import inf
+from operator import attrgetter
+
+from halimede.errors import RequestError
+from halimede.scheduler.block_manager import BlockManager, Hit
+from halimede.scheduler.config import SchedulerConfig
+from halimede.scheduler.output import (
+    FinishReason,
+    ModelRunnerOutput,
+    NewSequence,
+    ScheduledSequence,
+    SchedulerOutput,
+    SequenceUpdate,
+    TokenLogprobs,
+)
+from halimede.scheduler.policy import WaitingQueue, scheduling_key
+from halimede.scheduler.request import Request
+from halimede.scheduler.sequence import Sequence
+
+_by_key = attrgetter("key")
+# Makes a named tuple from all its fields at C speed: the classes' own constructors are Python functions, and
+# would take a third of the time of the two loops that run once per sequence and step.
+_make = tuple.__new__
+# Cached blocks per step that looking up the prefix of a sequence that finds no room may cost on average.
+_HITS_PER_STEP = 32
+
+
+class _Plan:
+    """What schedule() has decided so far."""
+
+    __slots__ = ("budget", "preempted", "scheduled")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.scheduled: list[ScheduledSequence] = []
+        self.preempted: list[int] = []
+
+
+class Scheduler:
+    """Decides what each step runs, and which requests its results finish.
+
+    The cycle is `output = schedule()`, run it, then `update(output, result)` or, when it could not be run,
+    `fail_step(output, reason)`; `add` and `abort` may come at any time in between.
+
+    num_preemptions: preemptions so far. prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in
+    the prefix cache, and found there, when requests were first scheduled.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._blocks = BlockManager(
+            config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self._sequences: dict[int, Sequence] = {}
+        self._requests: dict[str, Sequence] = {}
+        self._waiting = WaitingQueue()
+        self._running: list[Sequence] = []  # ordered by key, so that the last one is the victim
+        self._registrations: dict[int, list[Hit]] = {}  # by step, until its result is known
+        self._finished: list[int] = []  # what the runner has not been told to forget yet
+        self._preempted: list[int] = []  # the same, left over from a failed step
+        self._next_seq_id = 0
+        self._next_step = 0
+        self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for room, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache that running sequences hold, in [0, 1]."""
+        return self._blocks.usage
+
+    def add(self, request: Request) -> int:
+        """Take a request and return its seq_id. Raises RequestError when it can never be served."""
+        self._check(request)
+        seq_id = self._next_seq_id
+        self._next_seq_id += 1
+        key = scheduling_key(self._config.policy, request, seq_id)
+        sequence = Sequence(seq_id, request, key, self._config.max_model_len)
+        self._sequences[seq_id] = self._requests[request.request_id] = sequence
+        self._waiting.push(sequence)
+        return seq_id
+
+    def abort(self, request_id: str) -> SequenceUpdate | None:
+        """End a request now; None when there is no such request (any more).
+
+        A step that is running with it may still be updated: its result for this request is ignored.
+        """
+        sequence = self._requests.get(request_id)
+        return None if sequence is None else self._finish(sequence, "abort")
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; False, and nothing forgotten, while a sequence runs."""
+        if self._running:
+            return False
+        self._blocks.reset_prefix_cache()
+        return True
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step. It is never empty while a request is unfinished.
+
+        Sequences take turns by key, running ones first; but a waiting one whose rank is smaller than that
+        of the next running one comes before it, and may preempt from the other end of the order. So a
+        sequence that this step runs is never preempted in this step.
+        """
+        plan = _Plan(self._config.max_num_batched_tokens)
+        index = 0
+        overtaking = True
+        while True:
+            head = self._waiting.peek()
+            index = self._schedule_running(plan, index, head.rank if head and overtaking else inf)
+            at_end = index == len(self._running)
+            if not plan.budget or head is None or (at_end and plan.preempted):
+                break
+            if self._admit(plan, index):
+                index += 1
+            elif at_end:
+                break
+            else:
+                overtaking = False
+        assert plan.scheduled or not self._sequences, "a step with nothing to run while requests wait"
+        output = SchedulerOutput(
+            step=self._next_step,
+            scheduled=tuple(plan.scheduled),
+            finished_seq_ids=tuple(self._finished),
+            preempted_seq_ids=(*self._preempted, *plan.preempted),
+        )
+        self._registrations[self._next_step] = self._blocks.take_registrations()
+        self._next_step += 1
+        self._finished, self._preempted = [], []
+        return output
+
+    def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> list[SequenceUpdate]:
+        """Take in what a step produced; one update for each request that it changed."""
+        self._registrations.pop(output.step, None)
+        updates: list[SequenceUpdate] = []
+        sampled, sequences = result.sampled_token_ids, self._sequences
+        plain = not (result.errors or result.logprobs or result.prompt_logprobs)
+        for row in output.scheduled:
+            seq_id = row.seq_id
+            sequence = sequences.get(seq_id)
+            if sequence is None:
+                continue  # aborted while the step ran
+            new = sampled.get(seq_id, ())
+            token_ids = sequence.token_ids
+            # The usual row, one token that ends nothing, pays for nothing else: this loop is the host's time.
+            if (
+                plain
+                and len(new) == 1
+                and new[0] not in sequence.stop_token_ids
+                and len(token_ids) + 1 < sequence.max_num_tokens
+            ):
+                token_ids.append(new[0])
+                fields = (sequence.request_id, new, (), (), sequence.num_cached_tokens, None, None, None)
+                updates.append(_make(SequenceUpdate, fields))
+            elif row.needs_sample or not plain:
+                changed = self._update_sequence(sequence, row, new, result)
+                if changed is not None:
+                    updates.append(changed)
+        return updates
+
+    def fail_step(self, output: SchedulerOutput, reason: str) -> list[SequenceUpdate]:
+        """End every request of a step that could not be run; the others go on.
+
+        What the step was to write is taken out of the prefix cache, and what the runner was told to forget
+        is told again with the next step.
+        """
+        self._blocks.drop_registrations(self._registrations.pop(output.step, ()))
+        self._finished += output.finished_seq_ids
+        self._preempted += output.preempted_seq_ids
+        rows = (self._sequences.get(row.seq_id) for row in output.scheduled)
+        return [self._finish(sequence, "error", error=reason) for sequence in rows if sequence is not None]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError with the equation that does not hold."""
+        running, waiting = self._running, self._waiting.sequences()
+        total = len(self._sequences)
+        assert len(running) + len(waiting) == total == len(self._requests), (
+            f"running + waiting == unfinished: {len(running)} + {len(waiting)} != {total}"
+        )
+        assert len(running) <= self._config.max_num_seqs, f"running <= max_num_seqs: {len(running)}"
+        for first, second in pairwise(running):
+            assert first.key < second.key, f"running in order: {first.key} < {second.key}"
+        for sequence in running:
+            assert sequence.is_running, f"running sequence {sequence.seq_id}.is_running == True"
+            assert self._sequences.get(sequence.seq_id) is sequence, f"sequence {sequence.seq_id} is known"
+        for sequence in waiting:
+            held = len(sequence.block_table) + sequence.num_computed_tokens + sequence.is_running
+            assert held == 0, f"blocks and computed tokens of waiting sequence {sequence.seq_id} == 0"
+        self._blocks.check_integrity(running)
+
+    def _check(self, request: Request) -> None:
+        """Raise RequestError for a request that can never run."""
+        config, length = self._config, len(request.prompt_token_ids)
+        name = f"request {request.request_id!r}"
+        if request.request_id in self._requests:
+            raise RequestError(f"{name} is already being served; give each request an id of its own")
+        if length == 0:
+            raise RequestError(f"{name} has an empty prompt; give at least one token")
+        if length >= config.max_model_len:
+            raise RequestError(
+                f"the prompt of {name} has {length} tokens, but prompt and completion together are limited "
+                f"to max_model_len={config.max_model_len}; shorten the prompt or raise max_model_len"
+            )
+        if not config.enable_chunked_prefill and length > config.max_num_batched_tokens:
+            raise RequestError(
+                f"the prompt of {name} has {length} tokens, and enable_chunked_prefill=False keeps it whole, "
+                f"but a step runs max_num_batched_tokens={config.max_num_batched_tokens}; shorten it, raise "
+                "max_num_batched_tokens or set enable_chunked_prefill=True"
+            )
+
+    def _schedule_running(self, plan: _Plan, index: int, limit: float) -> int:
+        """Give running sequences, from `index` on, their share; return the index of the next one.
+
+        Stops before a sequence whose rank is greater than `limit`.
+        """
+        running, scheduled, blocks = self._running, plan.scheduled, self._blocks
+        budget, num_before = plan.budget, len(scheduled)
+        for sequence in islice(running, index, None):  # a preemption may shorten the list meanwhile
+            if not budget or sequence.rank > limit:
+                break
+            start = sequence.num_computed_tokens
+            known = sequence.token_ids
+            num_known = len(known)
+            end = num_known if num_known - start <= budget else start + budget
+            new_block_ids: tuple[int, ...] = ()
+            if end > sequence.capacity:
+                count = blocks.num_blocks_missing(sequence, end)
+                if not self._make_room(plan, sequence, count):
+                    break
+                new_block_ids = blocks.append(sequence, count)
+            sequence.num_computed_tokens = end
+            if end >= sequence.register_at:
+                blocks.register_full_blocks(sequence)
+            token_ids = (known[start],) if end - start == 1 else tuple(known[start:end])
+            row = (sequence.seq_id, token_ids, start, new_block_ids, end == num_known, None)
+            scheduled.append(_make(ScheduledSequence, row))
+            budget -= end - start
+        plan.budget = budget
+        return index + len(scheduled) - num_before
+
+    def _make_room(self, plan: _Plan, sequence: Sequence, count: int) -> bool:
+        """Preempt until `count` blocks are free; False when that took the sequence itself."""
+        while self._blocks.num_free_blocks < count:
+            victim = self._preempt_last(plan)
+            if victim is sequence:
+                return False
+        return True
+
+    def _admit(self, plan: _Plan, index: int) -> bool:
+        """Start the first waiting sequence if there is room; those running from `index` on may make way."""
+        sequence = self._waiting.peek()
+        assert sequence is not None, "nobody to admit"
+        running, blocks, config = self._running, self._blocks, self._config
+        if index == len(running):
+            if len(running) >= config.max_num_seqs:
+                return False
+            if sequence.blocks_wanted > blocks.num_free_blocks and self._next_step < sequence.retry_step:
+                return False
+        hits = blocks.match_prefix(sequence)
+        num_known = len(sequence.token_ids)
+        num_missing = num_known - len(hits) * config.block_size
+        # Output may have made a preempted sequence too long for any one step: that one is split all the same.
+        keep_whole = not config.enable_chunked_prefill and num_known <= config.max_num_batched_tokens
+        if keep_whole and num_missing > plan.budget:
+            return False
+        most_free = blocks.num_free_blocks + sum(len(victim.block_table) for victim in running[index:])
+        while True:
+            sequence.blocks_wanted = blocks.num_blocks_wanted(sequence, hits)
+            if len(running) < config.max_num_seqs and sequence.blocks_wanted <= blocks.num_free_blocks:
+                break
+            if index == len(running) or sequence.blocks_wanted > most_free:
+                # Looking up costs time for each hit: the more there are, the more steps share it.
+                sequence.retry_step = self._next_step + 1 + len(hits) // _HITS_PER_STEP
+                return False
+            self._preempt_last(plan)
+        self._waiting.pop()
+        sequence.is_running = True
+        insort(running, sequence, key=_by_key)
+        blocks.allocate(sequence, hits)
+        self._start(plan, sequence)
+        return True
+
+    def _start(self, plan: _Plan, sequence: Sequence) -> None:
+        """Give a sequence that was just admitted its share of the step."""
+        start = sequence.num_computed_tokens
+        if not sequence.was_scheduled:
+            sequence.was_scheduled = True
+            sequence.num_cached_tokens = start
+            if self._config.enable_prefix_caching and sequence.request.sampling_params.reads_prefix_cache:
+                self.prefix_cache_queries += sequence.num_prompt_tokens
+                self.prefix_cache_hits += start
+        known = tuple(sequence.token_ids)
+        end = min(len(known), start + plan.budget)
+        sequence.num_computed_tokens = end
+        self._blocks.register_full_blocks(sequence)
+        new = NewSequence(sequence.request, known, sequence.num_prompt_tokens)
+        block_ids = tuple(sequence.block_table)
+        needs_sample = end == len(known)
+        plan.scheduled.append(
+            ScheduledSequence(sequence.seq_id, known[start:end], start, block_ids, needs_sample, new)
+        )
+        plan.budget -= end - start
+
+    def _preempt_last(self, plan: _Plan) -> Sequence:
+        """Send the last running sequence back to wait. It keeps its tokens, and computes them again."""
+        victim = self._running.pop()
+        victim.is_running = False
+        self._blocks.free(victim)
+        self._waiting.push(victim)
+        plan.preempted.append(victim.seq_id)
+        self.num_preemptions += 1
+        return victim
+
+    def _update_sequence(
+        self, sequence: Sequence, row: ScheduledSequence, new: Iterable[int], result: ModelRunnerOutput
+    ) -> SequenceUpdate | None:
+        """Take in one row's result, whatever it holds; None when nothing changed for the request."""
+        error = result.errors.get(row.seq_id)
+        new = tuple(new)
+        if error is None and row.needs_sample and not new:
+            error = "the model runner returned no token for a sequence that needs one"
+        if error is not None:
+            # What it computed may be as broken as its logits.
+            return self._finish(sequence, "error", error=error, keep_cached=False)
+        prompt_logprobs = self._new_prompt_logprobs(sequence, row, result)
+        count, finish_reason, stop_reason = sequence.append(new)
+        if not count and not prompt_logprobs:
+            return None
+        update = SequenceUpdate(
+            sequence.request_id,
+            new[:count],
+            result.logprobs.get(row.seq_id, ())[:count],
+            prompt_logprobs,
+            sequence.num_cached_tokens,
+            finish_reason,
+            stop_reason,
+        )
+        if finish_reason is not None:
+            self._finish(sequence, finish_reason)
+        return update
+
+    def _new_prompt_logprobs(
+        self, sequence: Sequence, row: ScheduledSequence, result: ModelRunnerOutput
+    ) -> tuple[TokenLogprobs, ...]:
+        """The row's prompt logprobs, without those already reported before a preemption."""
+        entries = result.prompt_logprobs.get(row.seq_id, ())
+        fresh = entries[max(0, sequence.num_prompt_logprobs - row.num_computed_tokens) :]
+        sequence.num_prompt_logprobs += len(fresh)
+        return fresh
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, keep_cached: bool = True
+    ) -> SequenceUpdate:
+        """Forget a sequence, free its blocks and return its last update."""
+        del self._sequences[sequence.seq_id]
+        del self._requests[sequence.request_id]
+        if sequence.is_running:
+            del self._running[bisect_left(self._running, sequence.key, key=_by_key)]
+            self._blocks.free(sequence, keep_cached=keep_cached)
+            self._finished.append(sequence.seq_id)
+        else:
+            self._waiting.discard(sequence)
+        return SequenceUpdate(
+            sequence.request_id,
+            num_cached_tokens=sequence.num_cached_tokens,
+            finish_reason=reason,
+            error=error,
+        )

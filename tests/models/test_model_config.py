@@ -1,0 +1,173 @@
+"""ModelConfig.from_hf: what it reads, and what it says of configs that it cannot use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VARIANTS, read_config, write_variant
+
+from halimede.engine.models.config import ModelConfig
+from halimede.engine.models.registry import SUPPORTED_ARCHITECTURES
+from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
+
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+}
+
+
+def _read(architecture: str = "LlamaForCausalLM", **fields: Any) -> ModelConfig:
+    return ModelConfig.from_hf(BASE | {"architectures": [architecture]} | fields, "model/config.json")
+
+
+def test_what_a_config_leaves_out() -> None:
+    config = _read()
+    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+    assert config.sliding_windows == (None,) * 4
+    assert (config.bos_token_ids, config.eos_token_ids, config.dtype) == ((), (), None)
+    options = (config.tie_word_embeddings, config.attention_bias, config.mlp_bias, config.qk_norm)
+    assert options == (False,) * 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_that_transformers_wrote(variant: str, tmp_path: Path) -> None:
+    path = write_variant(tmp_path, variant)
+    config, raw = read_config(path), json.loads((path / "config.json").read_text())
+    assert config.architecture == VARIANTS[variant][0]
+    assert config.dtype == torch.float32
+    assert (config.bos_token_ids, config.eos_token_ids) == ((1,), (2,))
+    for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings"):
+        assert getattr(config, name) == raw.get(name, getattr(config, name))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, ()), (2, (2,)), ([128001, 128009], (128001, 128009)), (0, (0,))]
+)
+def test_token_ids(given: Any, expected: tuple[int, ...]) -> None:
+    config = _read(bos_token_id=given, eos_token_id=given)
+    assert config.bos_token_ids == config.eos_token_ids == expected
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtype_under_its_old_and_new_name(name: str) -> None:
+    assert _read(**{name: "bfloat16"}).dtype == torch.bfloat16
+    assert _read(**{name: "torch.float16"}).dtype == torch.float16
+
+
+def test_biases_of_each_architecture() -> None:
+    def biases(architecture: str, **fields: Any) -> tuple[bool, bool, bool]:
+        config = _read(architecture, **fields)
+        return config.attention_bias, config.attention_output_bias, config.mlp_bias
+
+    assert biases("LlamaForCausalLM", attention_bias=True) == (True, True, False)
+    assert biases("LlamaForCausalLM", mlp_bias=True) == (False, False, True)
+    assert biases("MistralForCausalLM") == (False, False, False)
+    assert biases("Qwen2ForCausalLM") == (True, False, False)
+    assert biases("Qwen3ForCausalLM") == (False, False, False)
+    assert biases("Qwen3ForCausalLM", attention_bias=True) == (True, True, False)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "expected"),
+    [
+        ("LlamaForCausalLM", {"sliding_window": 8}, (None,) * 4),
+        ("MistralForCausalLM", {"sliding_window": 8}, (8,) * 4),
+        ("MistralForCausalLM", {"sliding_window": None}, (None,) * 4),
+        ("MistralForCausalLM", {}, (4096,) * 4),
+        ("Qwen2ForCausalLM", {"sliding_window": 8, "max_window_layers": 2}, (None,) * 4),
+        (
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            (None, None, 8, 8),
+        ),
+        ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": None}, (None,) * 4),
+        (
+            "Qwen3ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            (8,) * 4,
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
+            (8, None, 8, None),
+        ),
+        ("Qwen3ForCausalLM", {"layer_types": [FULL] * 4}, (None,) * 4),
+    ],
+)
+def test_sliding_windows(architecture: str, fields: dict[str, Any], expected: tuple[int | None, ...]) -> None:
+    assert _read(architecture, **fields).sliding_windows == expected
+
+
+@pytest.mark.parametrize("name", [name for name in BASE if name != "architectures"])
+def test_a_needed_field_that_is_missing(name: str) -> None:
+    config = {key: value for key, value in BASE.items() if key != name}
+    with pytest.raises(ModelLoadError, match=rf"model/config\.json has no '{name}'"):
+        ModelConfig.from_hf(config, "model/config.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size='64' must be a whole number"),
+        ({"hidden_size": 64.0}, "hidden_size=64.0 must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a whole number of at least 1"),
+        ({"vocab_size": True}, "vocab_size=True must be"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must be a divisor of num_attention_heads=4"),
+        ({"hidden_size": 66}, "hidden_size=66 must be a multiple of num_attention_heads=4"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be a token id"),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype='float8_e4m3fn' must be one of: float32, bfloat16"),
+        ({"architectures": "LlamaForCausalLM"}, "must be a list of strings"),
+        ({"architectures": []}, "has no 'architectures'.*LlamaForCausalLM"),
+        ({"rope_scaling": [8]}, "must be an object"),
+    ],
+)
+def test_a_field_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message) as raised:
+        _read(**fields)
+    assert "model/config.json" in str(raised.value)
+
+
+def test_an_architecture_that_is_not_supported() -> None:
+    with pytest.raises(UnsupportedModelError, match="'MambaForCausalLM' is not supported") as raised:
+        _read("MambaForCausalLM")
+    assert all(name in str(raised.value) for name in ("model/config.json", *SUPPORTED_ARCHITECTURES))
+
+
+def test_an_activation_that_is_not_supported() -> None:
+    with pytest.raises(UnsupportedModelError, match="hidden_act='gelu' is not supported; supported: silu"):
+        _read(hidden_act="gelu")
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+def test_a_quantized_checkpoint(name: str) -> None:
+    with pytest.raises(UnsupportedQuantizationError, match="quantized with 'gptq'"):
+        _read(**{name: {"quant_method": "gptq", "bits": 4}})
+    assert _read(**{name: None}).architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"layer_types": [FULL]}, ModelLoadError, "one type for each of the 4 layers"),
+        ({"layer_types": [FULL] * 3 + ["linear_attention"]}, UnsupportedModelError, "linear_attention"),
+        ({"layer_types": [SLIDING] * 4}, ModelLoadError, "use_sliding_window is false"),
+        ({"use_sliding_window": True, "sliding_window": 8}, ModelLoadError, "has no 'max_window_layers'"),
+        ({"use_sliding_window": True, "sliding_window": 0}, ModelLoadError, "sliding_window=0 must be"),
+    ],
+)
+def test_windows_that_cannot_be(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _read("Qwen2ForCausalLM", **fields)

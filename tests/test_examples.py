@@ -1,0 +1,44 @@
+"""The examples and the README's Python, run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(arguments: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240, check=False,
+        env={**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:halimede"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_offline(smollm2_gguf: Path) -> None:
+    lines = run(["examples/offline.py", str(smollm2_gguf)]).strip().splitlines()
+    assert len(lines) >= 3
+    assert lines[0].startswith("'The capital of France is' -> ")
+
+
+def test_chat(smollm2_gguf: Path) -> None:
+    text = run(["examples/chat.py", str(smollm2_gguf)])
+    assert text.count("assistant:") == 2
+    assert "Paris" in text
+    assert int(re.search(r"\((\d+) of \d+ prompt tokens came from the cache\)", text)[1]) > 0
+
+
+def readme_blocks() -> list[str]:
+    readme = ROOT / "README.md"
+    return re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else []
+
+
+@pytest.mark.parametrize("block", readme_blocks(), ids=lambda block: block.splitlines()[-1][:40])
+def test_readme(block: str, smollm2_gguf: Path) -> None:
+    # The README names models of the hub; here the demo's stands in for them.
+    run(["-c", re.sub(r'LLM\("[^"]+"', f'LLM("{smollm2_gguf}"', block)])

@@ -1,0 +1,27 @@
+"""Every tolerance of a numerical test: (relative, absolute), for torch.testing.assert_close.
+
+A kernel is held against its reference, which computes in float64 and rounds once. float32: a few hundred
+roundings of 6e-8. bfloat16 and float16: one or two roundings of the result, 2^-8 and 2^-11. The tests
+named test_a_broken_* break each op on purpose and see the tolerance catch it.
+"""
+
+import torch
+
+KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
+    "norm": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.2e-2, 1e-3), torch.float16: (1.5e-3, 1e-4)},
+    "rotary": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-4)},
+    "activation": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.6e-2, 1e-4), torch.float16: (2e-3, 1e-4)},
+    "attention": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},
+}
+
+MODEL_LOGITS = (1e-4, 1e-4)
+"""Our float32 logits (of size 1 to 10) against transformers', and in chunks against all at once."""
+
+ROPE_TABLE = (1e-6, 2e-5)
+"""Cosines and sines against transformers' at positions up to 256 (float32 angles differ by 1e-5 there)."""
+
+
+def assert_kernel_close(actual: torch.Tensor, expected: torch.Tensor, op: str) -> None:
+    """Hold an op's result against its reference with the tolerance of its dtype."""
+    rtol, atol = KERNEL[op][expected.dtype]
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
