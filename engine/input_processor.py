@@ -68,7 +68,7 @@ class InputProcessor:
         """One prompt as n requests. RequestError for whatever is wrong with it."""
         text, token_ids, salt = self._parse(prompt, add_special_tokens)
         self._check_prompt(token_ids)
-        params = self._check_params(params)
+        params = self._check_params(params.replace())  # checked again: fields may have been changed
         bad_words = self._bad_words(params.bad_words or ())
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         arrival_time = time.monotonic()

@@ -148,8 +148,8 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What generate() and chat() use when none are given: the model's generation_config.json."""
-        return self._defaults
+        """A copy of what generate() and chat() use when none are given: the model's recommendation."""
+        return self._defaults.replace()
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix."""

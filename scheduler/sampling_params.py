@@ -25,7 +25,7 @@ class RequestOutputKind(Enum):
     """Nothing until the request is finished."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SamplingParams(KeywordChecked):
     """Sampling settings of one request; names and defaults are vLLM's.
 
@@ -51,6 +51,8 @@ class SamplingParams(KeywordChecked):
     allowed_token_ids: only these tokens may be generated.
     bad_words: words that may not be generated.
     skip_reading_prefix_cache: compute the whole prompt; None does so only for prompt_logprobs.
+
+    Fields may be changed, as with vLLM's; the engine checks and copies them when a request is made.
 
     Raises RequestError for a value out of range or a contradiction, ConfigError for an unknown keyword.
     """
@@ -85,7 +87,7 @@ class SamplingParams(KeywordChecked):
         _check_ranges(self)
         _check_contradictions(self)
         if 0 < self.temperature < _MIN_TEMPERATURE:
-            object.__setattr__(self, "temperature", _MIN_TEMPERATURE)
+            self.temperature = _MIN_TEMPERATURE
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

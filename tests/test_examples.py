@@ -13,7 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 def run(arguments: list[str]) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240, check=False,
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        check=False,
         env={**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:halimede"},
     )
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from halimede.engine.llm import LLM
     from halimede.engine.outputs import RequestOutput
 
-_PANEL = "Sampling (default: what the model recommends)"
-
 
 def generate(
     model: Annotated[
@@ -24,51 +22,23 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is; do not apply the chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Most new tokens; default: up to max-model-len.", rich_help_panel=_PANEL),
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_PANEL)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus mass.", rich_help_panel=_PANEL)] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 is all tokens.", rich_help_panel=_PANEL)] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Fraction of the top probability.", rich_help_panel=_PANEL)
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 discourages repetition.", rich_help_panel=_PANEL)
-    ] = None,
-    sampling_seed: Annotated[
-        int | None, typer.Option(help="Makes the answer reproducible.", rich_help_panel=_PANEL)
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End at this string; may be repeated.", rich_help_panel=_PANEL)
-    ] = None,
-    engine: dict[str, Any] | None = None,
+    *,
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Answer one prompt and stream the text to standard output; speeds go to standard error.
 
-    A model with a chat template answers the prompt as a user's message; --raw, or a model without one,
-    continues the prompt's text.
+    A model with a chat template answers the prompt as a user's message; with --raw, or without a template,
+    it continues the prompt's text.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    chosen: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": sampling_seed,
-        "stop": stop or None,
-    }
-    changes = {name: value for name, value in chosen.items() if value is not None}
-    SamplingParams(max_tokens=max_tokens, **changes)  # a bad value is told before the model is loaded
+    sampling = {"max_tokens": None, **sampling, "output_kind": RequestOutputKind.DELTA}
+    SamplingParams(**sampling)  # a bad value is told before the model is loaded
 
     from halimede.engine.llm import LLM
 
-    with LLM(model, **(engine or {})) as llm:
-        params = llm.get_default_sampling_params().replace(
-            max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA, **changes
-        )
+    with LLM(model, **engine) as llm:
+        params = llm.get_default_sampling_params().replace(**sampling)
         _stream(llm, text, params, raw=raw, system=system)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from halimede import __version__
 from halimede.engine.cli.generate import generate
-from halimede.engine.cli.options import with_engine_options
+from halimede.engine.cli.options import with_options
 from halimede.errors import HalimedeError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-app.command("generate", no_args_is_help=True)(with_engine_options(generate))
+app.command("generate", no_args_is_help=True)(with_options(generate))
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,48 +1,76 @@
-"""Command-line options made from the fields of EngineConfig, so that none is listed twice."""
+"""Command-line options made from the fields of EngineConfig and SamplingParams, so none is listed twice."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from halimede.engine.config import EngineConfig
+from halimede.scheduler.sampling_params import SamplingParams
 
-ENGINE_FIELDS = tuple(f for f in dataclasses.fields(EngineConfig) if f.name != "model")
+_ENGINE = {f.name: f for f in dataclasses.fields(EngineConfig) if f.name != "model"}
+
+# Sampling fields that make sense for one prompt at a terminal: flag and help.
+_SAMPLING = {
+    "max_tokens": ("--max-tokens", "Most new tokens; default: up to max-model-len."),
+    "temperature": ("--temperature", "0 is greedy."),
+    "top_p": ("--top-p", "Nucleus mass."),
+    "top_k": ("--top-k", "0 is all tokens."),
+    "min_p": ("--min-p", "Fraction of the top probability."),
+    "repetition_penalty": ("--repetition-penalty", "Above 1 discourages repetition."),
+    "presence_penalty": ("--presence-penalty", "Above 0 discourages tokens that have come."),
+    "frequency_penalty": ("--frequency-penalty", "Above 0 discourages tokens by how often they have come."),
+    "seed": ("--sampling-seed", "Makes the answer reproducible."),
+    "stop": ("--stop", "End at this string; may be repeated."),
+    "ignore_eos": ("--ignore-eos", "Go on after the end-of-sequence token."),
+}
+_SAMPLING_PANEL = "Sampling (default: what the model recommends)"
 
 
-def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every engine setting as an option; it receives those that were set as `engine`."""
-    hints = get_type_hints(EngineConfig)
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "engine"]
-    options = [_option(f, hints[f.name]) for f in ENGINE_FIELDS]
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each engine setting and for the usual sampling parameters.
+
+    It receives those that were set as the dicts `engine` and `sampling`.
+    """
+    generated = [*_engine_options(), *_sampling_options()]
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("engine", "sampling")]
 
     def run(**values: Any) -> None:
-        engine = {f.name: values.pop(f.name) for f in ENGINE_FIELDS}
-        command(**values, engine=changed_options(engine))
+        engine = {n: v for n, f in _ENGINE.items() if (v := values.pop(n)) != f.default}
+        sampling = {n: v for n in _SAMPLING if (v := values.pop(f"sampling_{n}")) is not None}
+        command(**values, engine=engine, sampling=sampling)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*own, *generated])  # type: ignore[attr-defined]
     return run
 
 
-def changed_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
-    defaults = {f.name: f.default for f in ENGINE_FIELDS}
-    return {name: value for name, value in values.items() if value != defaults[name]}
+def _engine_options() -> list[inspect.Parameter]:
+    hints = get_type_hints(EngineConfig)
+    options = []
+    for name, field in _ENGINE.items():
+        flag = name.replace("_", "-")
+        flags = f"--{flag}/--no-{flag}" if hints[name] is bool else f"--{flag}"
+        option = typer.Option(flags, help=field.metadata["help"], rich_help_panel="Engine")
+        options.append(_parameter(name, _plain(hints[name]), option, field.default))
+    return options
 
 
-def _option(field: "dataclasses.Field[Any]", hint: Any) -> inspect.Parameter:
-    flag = "--" + field.name.replace("_", "-")
-    flags = f"{flag}/--no-{flag[2:]}" if hint is bool else flag
-    option = typer.Option(flags, help=field.metadata["help"], rich_help_panel="Engine")
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=field.default,
-        annotation=Annotated[_plain(hint), option],
-    )
+def _sampling_options() -> list[inspect.Parameter]:
+    hints = get_type_hints(SamplingParams)
+    options = []
+    for name, (flag, text) in _SAMPLING.items():
+        hint = list[str] if name == "stop" else hints[name]
+        option = typer.Option(flag, help=text, rich_help_panel=_SAMPLING_PANEL)
+        options.append(_parameter(f"sampling_{name}", hint | None, option, None))
+    return options
+
+
+def _parameter(name: str, hint: Any, option: Any, default: Any) -> inspect.Parameter:
+    annotation = Annotated[hint, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _plain(hint: Any) -> Any:

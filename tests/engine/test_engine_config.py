@@ -6,7 +6,7 @@ from halimede import ConfigError, EngineConfig, UnsupportedQuantizationError
 
 
 def test_unknown_keyword_names_the_closest() -> None:
-    with pytest.raises(ConfigError, match="max_model_length.*did you mean 'max_model_len'"):
+    with pytest.raises(ConfigError, match=r"max_model_length.*did you mean 'max_model_len'"):
         EngineConfig(model="m", max_model_length=5)  # type: ignore[call-arg]
 
 

@@ -110,7 +110,9 @@ def test_logprobs_of_output_and_prompt(llm: LLM) -> None:
 def test_n_completions_differ_and_are_reproducible(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=5, max_tokens=8, temperature=1.5, ignore_eos=True)
     first, second = (llm.generate(PROMPTS, params, use_tqdm=False) for _ in range(2))
-    assert [[c.token_ids for c in o.outputs] for o in first] == [[c.token_ids for c in o.outputs] for o in second]
+    assert [[c.token_ids for c in o.outputs] for o in first] == [
+        [c.token_ids for c in o.outputs] for o in second
+    ]
     assert [c.index for c in first[0].outputs] == [0, 1, 2]
     assert len({tuple(c.token_ids) for c in first[0].outputs}) == 3
     alone = llm.generate(PROMPTS[1], params, use_tqdm=False)[0]
@@ -156,7 +158,9 @@ def test_a_stream_may_pause_for_other_work_or_be_left(llm: LLM) -> None:
 def test_chat_renders_the_template_and_takes_lists(llm: LLM) -> None:
     talk = [{"role": "user", "content": "hi"}]
     one = llm.chat(talk, GREEDY, use_tqdm=False)
-    two = llm.chat([talk, [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]], GREEDY, use_tqdm=False)
+    two = llm.chat(
+        [talk, [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]], GREEDY, use_tqdm=False
+    )
     assert len(one) == 1
     assert ids(two) == ids(one) * 2
     assert one[0].prompt == llm.render_chat(talk)
@@ -176,9 +180,17 @@ def test_defaults_come_from_generation_config(checkpoint: Path, tmp_path: Path, 
     import shutil
 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    (copy / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "top_k": 7, "eos_token_id": [3, 4]}))
+    (copy / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.3, "top_k": 7, "eos_token_id": [3, 4]})
+    )
     options = {"dtype": "float32", "max_model_len": 64, "kv_cache_memory_bytes": 1 << 21}
     with LLM(str(copy), **options) as recommended:
+        changed = recommended.get_default_sampling_params()
+        changed.max_tokens = 3  # as scripts written for vLLM do
+        assert len(recommended.generate(PROMPTS[0], changed, use_tqdm=False)[0].outputs[0].token_ids) <= 3
+        changed.temperature = -1
+        with pytest.raises(RequestError, match="temperature=-1"):
+            recommended.generate(PROMPTS[0], changed)
         defaults = recommended.get_default_sampling_params()
         assert (defaults.temperature, defaults.top_k) == (0.3, 7)
         assert {3, 4} <= recommended._inputs._eos_token_ids

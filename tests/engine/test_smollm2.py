@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct from its GGUF, against transformers on the same weights in float32."""
+"""The real model, SmolLM2-135M-Instruct from its GGUF, against transformers in float32."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,7 +75,8 @@ def test_log_probabilities_are_those_of_transformers(llm: LLM, prompts: list, or
 
 
 def test_the_answer_makes_sense(llm: LLM) -> None:
-    output = llm.chat([{"role": "user", "content": QUESTIONS[0]}], SamplingParams(temperature=0, max_tokens=32))
+    params = SamplingParams(temperature=0, max_tokens=32)
+    output = llm.chat([{"role": "user", "content": QUESTIONS[0]}], params)
     completion = output[0].outputs[0]
     assert "Paris" in completion.text
     assert completion.finish_reason == "stop"
@@ -84,7 +85,14 @@ def test_the_answer_makes_sense(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["plain words, 1234 and more", "émigré naïveté", "日本語のテキスト", "😀👨‍👩‍👧 family", "tabs\tand\n\nlines   ", "a\u0301 e\u0300"],
+    [
+        "plain words, 1234 and more",
+        "émigré naïveté",
+        "日本語のテキスト",
+        "😀👨‍👩‍👧 family",
+        "tabs\tand\n\nlines   ",
+        "a\u0301 e\u0300",
+    ],
 )
 def test_streamed_text_equals_text_decoded_at_once(llm: LLM, text: str) -> None:
     tokenizer = llm.get_tokenizer()
