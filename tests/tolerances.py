@@ -14,8 +14,10 @@ KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "attention": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},
 }
 
-MODEL_LOGITS = (1e-4, 1e-4)
-"""Our float32 logits (of size 1 to 10) against transformers', and in chunks against all at once."""
+MODEL_LOGITS = (1e-4, 3e-4)
+"""Our float32 logits (of size 1 to 10) against transformers', and in chunks against all at once.
+
+Seen: 1.2e-4, depending on the number of threads, which decides how products are split."""
 
 ROPE_TABLE = (1e-6, 2e-5)
 """Cosines and sines against transformers' at positions up to 256 (float32 angles differ by 1e-5 there)."""

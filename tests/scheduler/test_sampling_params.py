@@ -151,5 +151,11 @@ def test_copies() -> None:
     params = SamplingParams(temperature=0.5, stop=["x"])
     assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
     assert params.replace(temperature=0.0) == SamplingParams(temperature=0.0, stop=["x"])
-    with pytest.raises(AttributeError):
-        params.temperature = 1.0  # type: ignore[misc]
+
+
+def test_fields_may_be_changed_but_not_invented() -> None:
+    params = SamplingParams()
+    params.temperature = 0.5
+    assert params == SamplingParams(temperature=0.5)
+    with pytest.raises(AttributeError, match="temprature"):
+        params.temprature = 0.5  # type: ignore[attr-defined]
