@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from halimede.errors import RequestError
 from halimede.scheduler.request import Request
@@ -15,8 +15,24 @@ from halimede.scheduler.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Mapping[str, Any] | Sequence[int]
-"""Text, {"prompt": text}, {"prompt_token_ids": [...]} or a list of ids; a dict may have a cache_salt."""
+
+class TextPrompt(TypedDict):
+    """A prompt as text. Requests share cached prefixes only if their cache_salts are equal."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids; `prompt`, its text, is only shown in the output."""
+
+    prompt_token_ids: Sequence[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+Prompt = str | TextPrompt | TokensPrompt | Mapping[str, Any] | Sequence[int]
+"""Text, a dict with `prompt` or `prompt_token_ids`, or a list of token ids."""
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
@@ -94,6 +110,11 @@ class InputProcessor:
             return prompt, self._encode(prompt, special), None
         if not isinstance(prompt, Mapping):
             return None, _as_token_ids(prompt), None
+        return self._parse_dict(prompt, special)
+
+    def _parse_dict(
+        self, prompt: Mapping[str, Any], special: bool
+    ) -> tuple[str | None, tuple[int, ...], str | None]:
         unknown = [key for key in prompt if key not in _PROMPT_KEYS]
         if unknown:
             raise RequestError(f"a prompt has no key {unknown[0]!r}; known: {', '.join(_PROMPT_KEYS)}")

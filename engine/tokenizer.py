@@ -46,8 +46,9 @@ def _load_from_transformers(source: str, config: EngineConfig) -> "PreTrainedTok
         )
     # transformers raises whatever its parsers raise: OSError, ValueError, KeyError, bare Exception.
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise ModelLoadError(
-            f"the tokenizer in {source} cannot be loaded: {error}; check its tokenizer files, or pass "
+            f"the tokenizer in {source} cannot be loaded ({reason}); check its tokenizer files, or pass "
             "tokenizer=... to use another one"
         ) from error
 

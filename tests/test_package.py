@@ -10,7 +10,7 @@ import halimede
 
 PUBLIC = """
     LLM CompletionOutput ConfigError EngineConfig EngineDeadError HalimedeError Logprob ModelLoadError
-    RequestError RequestOutput RequestOutputKind SamplingParams UnsupportedModelError
+    RequestError RequestOutput RequestOutputKind SamplingParams TextPrompt TokensPrompt UnsupportedModelError
     UnsupportedQuantizationError __version__
 """
 

@@ -23,10 +23,9 @@ TOKENIZER_FILES = (
     "tekken.json",
     "added_tokens.json",
     "special_tokens_map.json",
-    "chat_template*",
-    "additional_chat_templates/*",
     "tokenization_*.py",
 )
+CHAT_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
 _LISTED = 20  # file names in an error message
 
 # Weights in Mistral's or Meta's own layout, adapters, training state and other runtimes' models.
@@ -183,9 +182,11 @@ def _nothing_found(names: Collection[str], source: str, quant: str | None) -> st
             f"{source} holds only consolidated weights, the layout of Mistral's and Meta's own code; use the "
             "version of the model in the Hugging Face layout"
         )
+    if not names:
+        return f"{source} holds no files; check that it is the right one and that its download was complete"
     return (
         f"{source} holds no weights (*.safetensors, *.bin, *.pt or *.gguf), only: "
-        f"{_listed(sorted(names)) or 'nothing'}; check that it is the right one and that its download was "
+        f"{_listed(sorted(names))}; check that it is the right one and that its download was "
         "complete"
     )
 

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from halimede.engine.loader.checkpoint_files import (
+    CHAT_TEMPLATE_FILES,
     TOKENIZER_FILES,
     WeightChoice,
     choose_weights,
@@ -44,7 +45,7 @@ class HubRepository:
         names = [sibling.rfilename for sibling in info.siblings or ()]
         choice = choose_weights(names, f"the repository {self.name}", quant)
         # A GGUF holds its configuration and its tokenizer.
-        extra = () if choice.format == "gguf" else ("config.json", *TOKENIZER_FILES)
+        extra = () if choice.format == "gguf" else ("config.json", *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
         wanted = matching(names, ("generation_config.json", *extra))
         if choice.index is not None:
             folder = self._download([*wanted, choice.index])

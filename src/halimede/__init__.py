@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halimede.engine.config import EngineConfig
+    from halimede.engine.input_processor import TextPrompt, TokensPrompt
     from halimede.engine.llm import LLM
     from halimede.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from halimede.errors import (
@@ -37,6 +38,8 @@ _HOMES = {
     "RequestOutput": "halimede.engine.outputs",
     "RequestOutputKind": "halimede.scheduler.sampling_params",
     "SamplingParams": "halimede.scheduler.sampling_params",
+    "TextPrompt": "halimede.engine.input_processor",
+    "TokensPrompt": "halimede.engine.input_processor",
     "UnsupportedModelError": "halimede.errors",
     "UnsupportedQuantizationError": "halimede.errors",
 }
@@ -54,6 +57,8 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
     "UnsupportedModelError",
     "UnsupportedQuantizationError",
     "__version__",
