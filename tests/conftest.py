@@ -12,6 +12,9 @@ SMOLLM2 = REPOSITORY / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Tests never reach a network; what they load is on disk or served on the loopback interface.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The suite is about the CPU path and gives the same result everywhere; name a GPU to let it use one.
+for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+    os.environ.setdefault(variable, "")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
