@@ -91,21 +91,28 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, through the model's chat template."""
+        """Answer one conversation or a list of them, through the model's chat template.
+
+        The parameters are those of generate() and halimede.engine.chat.render_chat.
+        """
         many = bool(messages) and isinstance(messages[0], Sequence)
         conversations = cast("Sequence[Sequence[Message]]", messages if many else [messages])
-        prompts: list[Prompt] = [
-            self.render_chat(
-                conversation,
-                chat_template=chat_template,
-                content_format=chat_template_content_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                template_kwargs=chat_template_kwargs,
-            )
-            for conversation in conversations
-        ]
+        self.get_tokenizer()  # without one no conversation can be rendered
+        prompts: list[Prompt | RequestError] = []
+        for conversation in conversations:
+            try:
+                rendered = self.render_chat(
+                    conversation,
+                    chat_template=chat_template,
+                    content_format=chat_template_content_format,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
+                    template_kwargs=chat_template_kwargs,
+                )
+                prompts.append(rendered)
+            except RequestError as error:
+                prompts.append(error)
         return self._generate(prompts, sampling_params, use_tqdm, priority, on_error, special=False)
 
     def render_chat(self, messages: Sequence[Message], **options: Any) -> str:
@@ -171,13 +178,14 @@ class LLM:
 
     def _generate(
         self,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt | RequestError],
         sampling_params: ParamsOrList,
         use_tqdm: UseTqdm,
         priority: Sequence[int] | int | None,
         on_error: OnError,
         special: bool,
     ) -> list[RequestOutput]:
+        """generate() for prompts of which some may have turned out to be errors already."""
         count = len(prompts)
         params = _one_each(sampling_params or self._defaults, SamplingParams, count, "sampling_params")
         priorities = _one_each(priority or 0, int, count, "priority")
@@ -188,6 +196,8 @@ class LLM:
             for index, prompt in enumerate(prompts):
                 final_only = params[index].replace(output_kind=RequestOutputKind.FINAL_ONLY)
                 try:
+                    if isinstance(prompt, RequestError):
+                        raise prompt
                     processed = self._submit(prompt, final_only, priorities[index], special)
                     accepted[processed.request_id] = (index, processed)
                 except RequestError as error:
@@ -287,7 +297,7 @@ def _one_each(values: _T | Sequence[_T], kind: type[_T], count: int, name: str) 
     return listed
 
 
-def _failed_output(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutput:
+def _failed_output(request_id: str, prompt: Prompt | RequestError, error: RequestError) -> RequestOutput:
     return RequestOutput(
         request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,

@@ -94,6 +94,17 @@ def test_bad_conversations(llm: LLM, messages: list, options: dict, words: list[
     assert all(word in str(caught.value) for word in words)
 
 
+def test_a_bad_conversation_does_not_take_the_others_with_it(llm: LLM) -> None:
+    good = [{"role": "user", "content": "x"}]
+    bad = [{"role": "user", "content": [{"type": "image_url"}]}]
+    with pytest.raises(RequestError, match="prompt 1 of 3"):
+        llm.chat([good, bad, good], GREEDY, use_tqdm=False)
+    first, failed, last = llm.chat([good, bad, good], GREEDY, use_tqdm=False, on_error="return")
+    assert "image_url" in str(failed.error)
+    assert first.outputs[0].token_ids == last.outputs[0].token_ids
+    assert len(first.outputs[0].token_ids) == GREEDY.max_tokens
+
+
 class FlakyExecutor:
     """Fails on demand: whole steps, or single sequences."""
 

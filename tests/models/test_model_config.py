@@ -68,6 +68,8 @@ def test_biases_of_each_architecture() -> None:
         return config.attention_bias, config.attention_output_bias, config.mlp_bias
 
     assert biases("LlamaForCausalLM", attention_bias=True) == (True, True, False)
+    from_gguf = {"attention_bias": True, "attention_output_bias": False}
+    assert biases("LlamaForCausalLM", **from_gguf) == (True, False, False)
     assert biases("LlamaForCausalLM", mlp_bias=True) == (False, False, True)
     assert biases("MistralForCausalLM") == (False, False, False)
     assert biases("Qwen2ForCausalLM") == (True, False, False)
