@@ -51,11 +51,14 @@ def _stream(llm: "LLM", text: str, params: SamplingParams, *, raw: bool, system:
         prompt = text if system is None else f"{system}\n{text}"
     started = time.monotonic()
     count, last = 0, None
-    for last in llm.stream(prompt, params, add_special_tokens=not chat):
-        for completion in last.outputs:
-            count += len(completion.token_ids)
-            print(completion.text, end="", flush=True)
-    print(flush=True)
+    try:
+        for last in llm.stream(prompt, params, add_special_tokens=not chat):
+            for completion in last.outputs:
+                count += len(completion.token_ids)
+                print(completion.text, end="", flush=True)
+    finally:
+        if count:  # the next line of the terminal, also after Ctrl-C
+            print(flush=True)
     if last is not None:
         print(_speed(last, count, started), file=sys.stderr)
 
