@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT ?= Why is the sky blue? Answer in two sentences.
+export PROMPT
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check model install clean
 
 demo: $(INSTALLED) $(MODEL)
-	$(BIN)/halimede generate $(MODEL) "$(PROMPT)" --max-tokens 128 --temperature 0
+	$(BIN)/halimede generate $(MODEL) "$$PROMPT" --max-tokens 128 --temperature 0
 
 test: $(INSTALLED) $(MODEL)
 	$(BIN)/pytest -n 2

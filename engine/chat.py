@@ -20,8 +20,8 @@ def read_chat_template(source: str | None) -> str | None:
     if source is None or "{" in source:
         return source
     try:
-        return Path(source).read_text(encoding="utf-8")
-    except OSError as error:
+        return Path(source).expanduser().read_text(encoding="utf-8")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"chat_template={source!r} is neither a Jinja template nor a readable file: {error}"
         ) from error

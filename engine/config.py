@@ -1,13 +1,15 @@
 """Every setting of the engine, in one flat frozen record. Command-line flags are made from its fields."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from halimede.errors import ConfigError, UnsupportedQuantizationError
 from halimede.keywords import KeywordChecked
 from halimede.scheduler.config import SchedulingPolicy
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -64,9 +66,28 @@ class EngineConfig(KeywordChecked):
     max_logprobs: int = _option(20, "Most log-probabilities a request may ask per token; -1: no limit.")
 
     def __post_init__(self) -> None:
+        for name in ("tokenizer", "chat_template", "download_dir"):
+            if isinstance(getattr(self, name), PathLike):
+                object.__setattr__(self, name, fspath(getattr(self, name)))
+        spelled = str(self.dtype).removeprefix("torch.")  # torch.bfloat16, and vLLM's short names
+        object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(spelled, spelled))
+        _check_types(self)
         _check_choices(self)
         _check_ranges(self)
         _check_contradictions(self)
+
+
+def _check_types(c: EngineConfig) -> None:
+    for field_ in fields(c):
+        hint = get_type_hints(EngineConfig)[field_.name]
+        if get_origin(hint) is Literal:
+            continue  # _check_choices
+        allowed = get_args(hint) or (hint,)
+        value = getattr(c, field_.name)
+        matches = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+        if not matches or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+            raise ConfigError(f"{field_.name}={value!r} is of the wrong type; it must be {names}")
 
 
 def _check_choices(c: EngineConfig) -> None:
@@ -93,8 +114,8 @@ def _check_ranges(c: EngineConfig) -> None:
         value = getattr(c, name)
         if value is None and name in optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+        if value < 1:
+            raise ConfigError(f"{name}={value!r} must be at least 1")
     if not 0 < c.gpu_memory_utilization <= 1:
         raise ConfigError(f"gpu_memory_utilization={c.gpu_memory_utilization!r} must be in (0, 1]")
     if c.max_logprobs < -1:

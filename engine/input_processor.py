@@ -2,6 +2,7 @@
 before anything runs.
 """
 
+import operator
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,6 +83,8 @@ class InputProcessor:
         add_special_tokens: bool = True,
     ) -> ProcessedRequest:
         """One prompt as n requests. RequestError for whatever is wrong with it."""
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RequestError(f"priority={priority!r} must be an integer (lower runs first)")
         text, token_ids, salt = self._parse(prompt, add_special_tokens)
         self._check_prompt(token_ids)
         params = self._check_params(params.replace())  # checked again: fields may have been changed
@@ -193,7 +196,7 @@ class InputProcessor:
         spellings: dict[tuple[int, ...], None] = {}
         for word in words:
             for prefix in ("", " "):
-                token_ids = self._encode(prefix + word.lstrip(), special=False)
+                token_ids = self._encode(prefix + (word.lstrip() or word), special=False)
                 if token_ids:
                     spellings[token_ids] = None
         return tuple(spellings)
@@ -202,8 +205,9 @@ class InputProcessor:
 def _as_token_ids(values: Any) -> tuple[int, ...]:
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise RequestError(f"prompt token ids are {values!r}; they must be a list of integers")
-    token_ids = tuple(values)
-    for token in token_ids:
-        if isinstance(token, bool) or not isinstance(token, int):
+    token_ids = []
+    for token in values:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
             raise RequestError(f"prompt token ids hold {token!r}; they must be integers")
-    return token_ids
+        token_ids.append(operator.index(token))  # NumPy's and torch's integers become Python's
+    return tuple(token_ids)

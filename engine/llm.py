@@ -1,20 +1,22 @@
 """The offline front end: `LLM("model").generate(prompts)`. The engine runs in the caller's process."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, get_args
 
 from halimede.engine.build import build_core, open_model
 from halimede.engine.chat import ContentFormat, Message, read_chat_template, render_chat
 from halimede.engine.config import EngineConfig
 from halimede.engine.generation_defaults import default_sampling_params, eos_token_ids
 from halimede.engine.input_processor import InputLimits, InputProcessor, ProcessedRequest, Prompt
+from halimede.engine.interrupt import defer_interrupts
 from halimede.engine.output_processor import OutputProcessor
 from halimede.engine.outputs import CompletionOutput, RequestOutput
 from halimede.engine.progress import GenerationProgress, UseTqdm
 from halimede.engine.tokenizer import load_tokenizer
-from halimede.errors import EngineDeadError, RequestError
+from halimede.engine.vllm_options import drop_vllm_options
+from halimede.errors import ConfigError, EngineDeadError, RequestError
 from halimede.keywords import check_keywords
 from halimede.scheduler.sampling_params import RequestOutputKind, SamplingParams
 
@@ -35,6 +37,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
+        options = drop_vllm_options(options)
         check_keywords(options, EngineConfig.__dataclass_fields__, "LLM")
         self.config = EngineConfig(model=str(model), **options)
         self._chat_template = read_chat_template(self.config.chat_template)
@@ -43,11 +46,12 @@ class LLM:
         self._defaults = SamplingParams()
         if self.config.generation_config == "auto":
             self._defaults = default_sampling_params(files.generation_config)
+        eos = eos_token_ids(files, self.model_config, self._tokenizer)
         self._core, executor = build_core(self.config, files, self.model_config)
         self.max_model_len = executor.max_model_len
         self._inputs = InputProcessor(
             self._tokenizer,
-            eos_token_ids(files, self.model_config, self._tokenizer),
+            eos,
             InputLimits(self.model_config.vocab_size, executor.max_model_len, self.config.max_logprobs),
             self.config.seed,
         )
@@ -120,7 +124,10 @@ class LLM:
 
         options: as for halimede.engine.chat.render_chat.
         """
-        options["chat_template"] = options.get("chat_template") or self._chat_template
+        try:
+            options["chat_template"] = read_chat_template(options.get("chat_template")) or self._chat_template
+        except ConfigError as error:
+            raise RequestError(str(error)) from error
         return render_chat(self.get_tokenizer(), messages, **options)
 
     def stream(
@@ -136,9 +143,12 @@ class LLM:
         add_special_tokens: False for a prompt from render_chat.
         """
         params = sampling_params or self._defaults
-        processed = self._submit(prompt, params, 0, add_special_tokens)
+        submitted: list[ProcessedRequest] = []
         outputs: list[RequestOutput] = []
         try:
+            with defer_interrupts():
+                processed = self._submit(prompt, params, 0, add_special_tokens)
+                submitted.append(processed)
             while not (outputs and outputs[-1].finished):
                 outputs = self._step_for([processed.request_id])
                 for output in outputs:
@@ -146,7 +156,7 @@ class LLM:
                         raise output.error
                     yield output
         finally:
-            self._abandon([processed])
+            self._abandon(submitted)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The transformers tokenizer. RequestError with skip_tokenizer_init=True."""
@@ -187,19 +197,23 @@ class LLM:
     ) -> list[RequestOutput]:
         """generate() for prompts of which some may have turned out to be errors already."""
         count = len(prompts)
-        params = _one_each(sampling_params or self._defaults, SamplingParams, count, "sampling_params")
-        priorities = _one_each(priority or 0, int, count, "priority")
+        if on_error not in get_args(OnError):
+            raise RequestError(f"on_error={on_error!r} is not one of: {', '.join(get_args(OnError))}")
+        chosen = self._defaults if sampling_params is None else sampling_params
+        params = _one_each(chosen, SamplingParams, count, "sampling_params")
+        priorities = _one_each(0 if priority is None else priority, int, count, "priority")
         results: list[RequestOutput | None] = [None] * count
         errors: list[tuple[int, RequestError]] = []
         accepted: dict[str, tuple[int, ProcessedRequest]] = {}
         try:
             for index, prompt in enumerate(prompts):
-                final_only = params[index].replace(output_kind=RequestOutputKind.FINAL_ONLY)
                 try:
                     if isinstance(prompt, RequestError):
                         raise prompt
-                    processed = self._submit(prompt, final_only, priorities[index], special)
-                    accepted[processed.request_id] = (index, processed)
+                    final_only = params[index].replace(output_kind=RequestOutputKind.FINAL_ONLY)
+                    with defer_interrupts():
+                        processed = self._submit(prompt, final_only, priorities[index], special)
+                        accepted[processed.request_id] = (index, processed)
                 except RequestError as error:
                     errors.append((index, error))
                     results[index] = _failed_output(f"invalid-{index}", prompt, error)
@@ -243,7 +257,7 @@ class LLM:
         try:
             for request in processed.requests:
                 self._core.add(request)
-        except RequestError:
+        except BaseException:
             self._abandon([processed])
             raise
         return processed
@@ -258,23 +272,21 @@ class LLM:
             return [output for i in waiting for output in self._mailbox.pop(i)]
         if not self._core.has_unfinished:
             raise EngineDeadError(f"requests {sorted(request_ids)} were lost; please report this as a bug")
-        processed = self._outputs.process(self._core.step())
-        for request_id in processed.to_abort:
-            self._core.abort(request_id)
-        mine = []
-        for output in processed.outputs:
-            if output.request_id in request_ids:
-                mine.append(output)
-            else:
+        with defer_interrupts():  # but for the model's own work, which the core lets Ctrl-C end
+            processed = self._outputs.process(self._core.step())
+            for request_id in processed.to_abort:
+                self._core.abort(request_id)
+            for output in processed.outputs:
                 self._mailbox.setdefault(output.request_id, []).append(output)
-        return mine
+        return [output for i in request_ids for output in self._mailbox.pop(i, ())]
 
     def _abandon(self, requests: Sequence[ProcessedRequest]) -> None:
         """Forget requests, stopping those that still run."""
-        for processed in requests:
-            self._mailbox.pop(processed.request_id, None)
-            for request_id in self._outputs.forget(processed.request_id):
-                self._core.abort(request_id)
+        with defer_interrupts():
+            for processed in requests:
+                self._mailbox.pop(processed.request_id, None)
+                for request_id in self._outputs.forget(processed.request_id):
+                    self._core.abort(request_id)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -291,7 +303,12 @@ def _one_each(values: _T | Sequence[_T], kind: type[_T], count: int, name: str) 
     """The same value for each prompt, or the list that was given."""
     if isinstance(values, kind):
         return [values] * count
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} is {values!r}; it must be {kind.__name__} or a list of them")
     listed = list(cast("Sequence[_T]", values))
+    for value in listed:
+        if not isinstance(value, kind):
+            raise RequestError(f"{name} holds {value!r}; it must hold {kind.__name__} only")
     if len(listed) != count:
         raise RequestError(f"{len(listed)} {name} for {count} prompts; give one for all or one for each")
     return listed

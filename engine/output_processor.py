@@ -141,9 +141,10 @@ class OutputProcessor:
         if completion.finish_reason is not None:
             return False
         params = state.source.sampling_params
-        state.num_cached_tokens = max(state.num_cached_tokens, update.num_cached_tokens)
-        if state.prompt_logprobs is not None and completion.index == 0:
-            state.prompt_logprobs += [self._decode_logprobs(entry) for entry in update.prompt_logprobs]
+        if completion.index == 0:  # the others read the prompt that the first one computed
+            state.num_cached_tokens = update.num_cached_tokens
+            if state.prompt_logprobs is not None:
+                state.prompt_logprobs += [self._decode_logprobs(entry) for entry in update.prompt_logprobs]
         if update.new_token_ids and state.metrics.first_token_time is None:
             state.metrics.first_token_time = time.monotonic()
         stopped_by = self._append(completion, update, params.min_tokens, params.include_stop_str_in_output)
@@ -200,6 +201,8 @@ def _make_output(state: _RequestState) -> RequestOutput | None:
     if kind is RequestOutputKind.FINAL_ONLY and not state.finished:
         return None
     delta = kind is RequestOutputKind.DELTA
+    if delta and not state.finished and not any(c.has_news for c in state.completions):
+        return None
     completions = [
         _show(c, delta, with_logprobs=params.logprobs is not None)
         for c in state.completions
@@ -211,11 +214,20 @@ def _make_output(state: _RequestState) -> RequestOutput | None:
         prompt_token_ids=list(state.source.prompt_token_ids),
         outputs=completions,
         finished=state.finished,
-        prompt_logprobs=state.prompt_logprobs,
+        prompt_logprobs=_show_prompt_logprobs(state, delta),
         metrics=state.metrics,
         num_cached_tokens=state.num_cached_tokens,
         error=state.error,
     )
+
+
+def _show_prompt_logprobs(state: _RequestState, delta: bool) -> list[PositionLogprobs | None] | None:
+    shown = state.prompt_logprobs
+    if shown is None:
+        return None
+    if delta:
+        state.prompt_logprobs = []
+    return list(shown)
 
 
 def _show(completion: _Completion, delta: bool, with_logprobs: bool) -> CompletionOutput:

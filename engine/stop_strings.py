@@ -25,12 +25,14 @@ class StopStrings:
         self.text += piece
         if not check or not piece or not self._strings:
             return None
-        # Where two strings match, the one that begins first in the text ends it.
-        start = max(0, old_length - self._longest + 1)
-        found = [(at, s) for s in self._strings if (at := self.text.find(s, start)) >= 0]
+        # A match must reach into the piece: what came before was searched, or was not to be.
+        found = [
+            (at, s) for s in self._strings if (at := self.text.find(s, max(0, old_length - len(s) + 1))) >= 0
+        ]
         if not found:
             return None
-        at, string = min(found, key=lambda match: match[0])
+        # The string that is complete first ends the text, however the text was cut into pieces.
+        at, string = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
         self.text = self.text[: at + len(string) if self._keep else at]
         return string
 

@@ -1,5 +1,6 @@
 """Text to tokens and back. The tokenizers are transformers'; here they are found, loaded and streamed."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\ufffd"
 # Prompt tokens that precede the first generated one: enough for a decoder to know whether a space is due.
 _CONTEXT_TOKENS = 6
-# A character is at most 4 bytes, so a longer undecodable run is not waiting for anything.
-_MAX_PENDING_TOKENS = 8
+# A character is at most 4 bytes, so a much longer undecodable run is not waiting for anything.
+_MAX_PENDING_TOKENS = 64
 
 
 def load_tokenizer(config: EngineConfig, files: ModelFiles) -> "PreTrainedTokenizerBase":
@@ -26,6 +27,8 @@ def load_tokenizer(config: EngineConfig, files: ModelFiles) -> "PreTrainedTokeni
             "Hugging Face id), or skip_tokenizer_init=True to work with token ids"
         )
     source = config.tokenizer if config.tokenizer is not None else str(files.tokenizer_path)
+    if source.startswith("~"):
+        source = os.path.expanduser(source)
     if source.endswith(".gguf"):
         from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
 
@@ -67,24 +70,30 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._context = list(prompt[-_CONTEXT_TOKENS:])
         self._pending: list[int] = []
+        self._shown = 0  # characters of the pending text that have been given out
 
     def add(self, token_id: int) -> str:
         """The text that is certain once this token is known; may be empty."""
         self._pending.append(token_id)
         text = self._pending_text()
-        if text.endswith(_REPLACEMENT) and len(self._pending) < _MAX_PENDING_TOKENS:
+        if not text:
+            self._pending.clear()  # a special token that is left out
             return ""
-        if text:
-            self._context, self._pending = self._pending, []
-        elif len(self._pending) >= _MAX_PENDING_TOKENS:
-            self._pending = []  # special tokens that are left out: no text will come of them
-        return text
+        # Replacement characters at the end may be the first bytes of a character that goes on.
+        certain = text.rstrip(_REPLACEMENT)
+        if certain == text or len(self._pending) >= _MAX_PENDING_TOKENS:
+            return self._give_all(text)
+        piece, self._shown = certain[self._shown :], max(self._shown, len(certain))
+        return piece
 
     def flush(self) -> str:
         """What is left when the stream ends: an unfinished character, as the replacement character."""
-        text = self._pending_text() if self._pending else ""
-        self._context, self._pending = self._pending, []
-        return text
+        return self._give_all(self._pending_text()) if self._pending else ""
+
+    def _give_all(self, text: str) -> str:
+        piece = text[self._shown :]
+        self._context, self._pending, self._shown = self._pending, [], 0
+        return piece
 
     def _pending_text(self) -> str:
         before = self._decode(self._context)

@@ -35,7 +35,7 @@ class SamplingParams(KeywordChecked):
     temperature: 0 is greedy.
     top_p, top_k, min_p: nucleus mass in (0, 1]; number of tokens (0 or -1: all); fraction of the top
         probability in [0, 1].
-    seed: makes the request's tokens reproducible whatever else is in the batch.
+    seed: makes the request's tokens reproducible whatever else is in the batch; None or -1: no seed.
     stop: strings that end the completion; not part of the text unless include_stop_str_in_output.
     stop_token_ids: tokens that end the completion.
     ignore_eos: generate on after the end-of-sequence token.
@@ -86,6 +86,8 @@ class SamplingParams(KeywordChecked):
         _check_types(self)
         _check_ranges(self)
         _check_contradictions(self)
+        if self.seed == -1:  # vLLM's spelling of "no seed"
+            self.seed = None
         if 0 < self.temperature < _MIN_TEMPERATURE:
             self.temperature = _MIN_TEMPERATURE
 
@@ -105,6 +107,10 @@ class SamplingParams(KeywordChecked):
         if self.skip_reading_prefix_cache is not None:
             return not self.skip_reading_prefix_cache
         return self.prompt_logprobs is None
+
+    def clone(self) -> "SamplingParams":
+        """A copy."""
+        return self.replace()
 
     def replace(self, **changes: Any) -> "SamplingParams":
         """A copy with these fields changed."""
@@ -190,8 +196,8 @@ def _check_ranges(p: SamplingParams) -> None:
         ("n", p.n >= 1, "at least 1"),
         ("presence_penalty", -2 <= p.presence_penalty <= 2, "in [-2, 2]"),
         ("frequency_penalty", -2 <= p.frequency_penalty <= 2, "in [-2, 2]"),
-        ("repetition_penalty", p.repetition_penalty > 0, "greater than 0"),
-        ("temperature", p.temperature >= 0, "at least 0 (0 is greedy)"),
+        ("repetition_penalty", 1e-4 <= p.repetition_penalty <= 1e4, "in [0.0001, 10000] (1 is none)"),
+        ("temperature", 0 <= p.temperature <= 1e4, "in [0, 10000] (0 is greedy)"),
         ("top_p", 0 < p.top_p <= 1, "in (0, 1]"),
         ("top_k", p.top_k >= -1, "0 or -1 (all tokens) or at least 1"),
         ("min_p", 0 <= p.min_p <= 1, "in [0, 1]"),

@@ -51,6 +51,10 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "mistral": ("MistralForCausalLM", {"sliding_window": None}),
     "mistral-window": ("MistralForCausalLM", {"sliding_window": 8}),
+    "mistral-layer-types": (
+        "MistralForCausalLM",
+        {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2ForCausalLM", _WINDOW_FROM_LAYER_1),

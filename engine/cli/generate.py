@@ -1,5 +1,6 @@
 """`halimede generate MODEL PROMPT`: one prompt in, its answer streamed out."""
 
+import io
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,10 @@ def generate(
     A model with a chat template answers the prompt as a user's message; with --raw, or without a template,
     it continues the prompt's text.
     """
+    # What the terminal's encoding cannot say is shown as a question mark, not as a crash.
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = {"max_tokens": None, **sampling, "output_kind": RequestOutputKind.DELTA}
     SamplingParams(**sampling)  # a bad value is told before the model is loaded

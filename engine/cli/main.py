@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut long option names off in a narrow terminal
 )
 app.command("generate", no_args_is_help=True)(with_options(generate))
 

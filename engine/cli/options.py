@@ -10,7 +10,8 @@ import typer
 from halimede.engine.config import EngineConfig
 from halimede.scheduler.sampling_params import SamplingParams
 
-_ENGINE = {f.name: f for f in dataclasses.fields(EngineConfig) if f.name != "model"}
+_NOT_OPTIONS = ("model", "skip_tokenizer_init")  # an argument; a command line is about text
+_ENGINE = {f.name: f for f in dataclasses.fields(EngineConfig) if f.name not in _NOT_OPTIONS}
 
 # Sampling fields that make sense for one prompt at a terminal: flag and help.
 _SAMPLING = {
@@ -34,7 +35,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     It receives those that were set as the dicts `engine` and `sampling`.
     """
-    generated = [*_engine_options(), *_sampling_options()]
+    generated = [*_sampling_options(), *_engine_options()]
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("engine", "sampling")]
 
     def run(**values: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halimede.engine.loader.gguf_file import GgufFile, open_gguf_shards
+from halimede.engine.loader.gguf_file import GgufFile, need_for_all_layers, open_gguf_shards
 from halimede.errors import ModelLoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -96,34 +96,22 @@ def _check_supported(meta: GgufFile, arch: str) -> None:
 
 def _sizes(meta: GgufFile, arch: str) -> dict[str, int]:
     hidden_size = meta.need(f"{arch}.embedding_length", int)
-    heads = _need_for_all_layers(meta, f"{arch}.attention.head_count")
+    heads = need_for_all_layers(meta, f"{arch}.attention.head_count")
     kv_heads = heads
     if f"{arch}.attention.head_count_kv" in meta:
-        kv_heads = _need_for_all_layers(meta, f"{arch}.attention.head_count_kv")
+        kv_heads = need_for_all_layers(meta, f"{arch}.attention.head_count_kv")
     head_dim = meta.find(f"{arch}.attention.key_length", int)
     if head_dim is None:
         head_dim = meta.find(f"{arch}.rope.dimension_count", int) or hidden_size // max(heads, 1)
     return {
         "hidden_size": hidden_size,
-        "intermediate_size": _need_for_all_layers(meta, f"{arch}.feed_forward_length"),
+        "intermediate_size": need_for_all_layers(meta, f"{arch}.feed_forward_length"),
         "num_hidden_layers": meta.need(f"{arch}.block_count", int),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": meta.need(f"{arch}.context_length", int),
     }
-
-
-def _need_for_all_layers(meta: GgufFile, key: str) -> int:
-    """A number that GGUF allows to be one per layer. Raises UnsupportedModelError where they differ."""
-    if not meta.is_array(key):
-        return meta.need(key, int)
-    values = meta.find_array(key, int) or []
-    if len(set(values)) != 1:
-        raise UnsupportedModelError(
-            f"{meta.path}: {key} differs between layers: {values[:8]}; use another model"
-        )
-    return values[0]
 
 
 def _check_head_dim(meta: GgufFile, arch: str, head_dim: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from halimede.errors import ModelLoadError, UnsupportedQuantizationError
+from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import GGUFReader, ReaderTensor
@@ -195,3 +195,15 @@ def _check_header(path: Path) -> None:
 def _shorten(value: Any) -> str:
     text = repr(value[:4] if isinstance(value, list) else value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def need_for_all_layers(meta: GgufFile, key: str) -> int:
+    """A number that GGUF allows to be one per layer. Raises UnsupportedModelError where they differ."""
+    if not meta.is_array(key):
+        return meta.need(key, int)
+    values = meta.find_array(key, int) or []
+    if len(set(values)) != 1:
+        raise UnsupportedModelError(
+            f"{meta.path}: {key} differs between layers: {values[:8]}; use another model"
+        )
+    return values[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from halimede.engine.loader.gguf_file import GgufFile, open_gguf_shards
+from halimede.engine.loader.gguf_file import GgufFile, need_for_all_layers, open_gguf_shards
 from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
 
 if TYPE_CHECKING:
@@ -128,8 +128,10 @@ def _permuted_heads(meta: GgufFile) -> dict[str, int]:
 
     GGUF pairs neighbouring rows of a head for the rotary embedding, Hugging Face row i with row i + D/2.
     """
-    heads = meta.need("llama.attention.head_count", int)
-    return {"q_proj": heads, "k_proj": meta.find("llama.attention.head_count_kv", int) or heads}
+    heads = kv_heads = need_for_all_layers(meta, "llama.attention.head_count")
+    if "llama.attention.head_count_kv" in meta:
+        kv_heads = need_for_all_layers(meta, "llama.attention.head_count_kv")
+    return {"q_proj": heads, "k_proj": kv_heads}
 
 
 def _undo_permutation(data: np.ndarray[Any, Any], heads: int, where: str) -> np.ndarray[Any, Any]:

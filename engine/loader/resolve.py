@@ -35,16 +35,20 @@ def resolve_model(
 
     Raises ModelLoadError when the model cannot be found, had or understood.
     """
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(reference).expanduser()
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home directory that is unknown
+        raise ModelLoadError(f"{reference!r} cannot be looked up ({error}); check the path") from error
+    if is_dir:
         return _from_directory(reference, path)
-    if path.is_file():
+    if is_file:
         if path.suffix != ".gguf":
             raise ModelLoadError(
                 f"{reference} is a file but not a .gguf; give the directory that it lies in, with its "
                 "config.json"
             )
-        return _from_gguf(reference, path, {})
+        return _from_gguf(reference, path)
     if _looks_like_path(reference):
         raise ModelLoadError(
             f"{reference} does not exist (looked in {Path.cwd()}); check the path, or give a Hugging Face id "
@@ -79,10 +83,8 @@ def _from_directory(reference: str, folder: Path) -> ModelFiles:
 
 
 def _assemble(reference: str, folder: Path, choice: WeightChoice) -> ModelFiles:
-    generation_path = folder / "generation_config.json"
-    generation_config = _read_json(generation_path) if generation_path.is_file() else {}
     if choice.format == "gguf":
-        return _from_gguf(reference, folder / choice.names[0], generation_config)
+        return _from_gguf(reference, folder / choice.names[0])
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ModelLoadError(
@@ -96,12 +98,17 @@ def _assemble(reference: str, folder: Path, choice: WeightChoice) -> ModelFiles:
         weights=tuple(folder / name for name in choice.names),
         config=_read_json(config_path),
         config_source=str(config_path),
-        generation_config=generation_config,
+        generation_config=_read_generation_config(folder),
         tokenizer_path=folder if matching(files, TOKENIZER_FILES) else None,
     )
 
 
-def _from_gguf(reference: str, path: Path, generation_config: dict[str, Any]) -> ModelFiles:
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def _from_gguf(reference: str, path: Path) -> ModelFiles:
     from halimede.engine.loader.gguf import find_gguf_shards, read_gguf_config
 
     shards = find_gguf_shards(path)
@@ -111,7 +118,7 @@ def _from_gguf(reference: str, path: Path, generation_config: dict[str, Any]) ->
         weights=shards,
         config=read_gguf_config(shards),
         config_source=str(path),
-        generation_config=generation_config,
+        generation_config=_read_generation_config(path.parent),
         tokenizer_path=shards[0],
     )
 

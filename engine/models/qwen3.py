@@ -3,7 +3,7 @@
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ArchitectureOptions
 from halimede.engine.models.config_fields import ConfigFields
-from halimede.engine.models.qwen2 import read_layer_windows
+from halimede.engine.models.window_fields import read_layer_windows
 
 
 class Qwen3ForCausalLM(CausalLM):

@@ -1,12 +1,13 @@
 """What a user can get wrong in a request: a typed error with fact, value and remedy, and nothing lost."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_models import write_tiny_checkpoint
 
-from halimede import LLM, ConfigError, EngineDeadError, RequestError, SamplingParams
+from halimede import LLM, ConfigError, EngineDeadError, ModelLoadError, RequestError, SamplingParams
 from halimede.engine.executor.base import Executor
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
 
@@ -94,6 +95,33 @@ def test_bad_conversations(llm: LLM, messages: list, options: dict, words: list[
     assert all(word in str(caught.value) for word in words)
 
 
+def test_bad_arguments_of_a_call_leave_the_engine_as_it_was(llm: LLM) -> None:
+    changed = GREEDY.clone()
+    changed.top_p = 5
+    outputs = llm.generate([GOOD, GOOD], [GREEDY, changed], use_tqdm=False, on_error="return")
+    assert outputs[0].error is None
+    assert "top_p=5" in str(outputs[1].error)
+    for arguments in (
+        {"sampling_params": [GREEDY, None]},
+        {"sampling_params": [GREEDY, {"max_tokens": 3}]},
+        {"sampling_params": {"max_tokens": 3}},
+        {"sampling_params": []},
+        {"sampling_params": GREEDY, "priority": [1, None]},
+        {"sampling_params": GREEDY, "priority": "x"},
+        {"sampling_params": GREEDY, "priority": [1, 2, 3]},
+        {"sampling_params": GREEDY, "on_error": "ignore"},
+    ):
+        with pytest.raises(RequestError):
+            llm.generate([GOOD, GOOD], use_tqdm=False, **arguments)
+        assert not llm._core.has_unfinished
+        assert not llm._outputs._states
+    assert len(llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)) == 2
+
+
+def test_words_of_white_space_can_be_bad(llm: LLM) -> None:
+    assert llm.generate(GOOD, GREEDY.replace(bad_words=["\n", " "]), use_tqdm=False)[0].finished
+
+
 def test_a_bad_conversation_does_not_take_the_others_with_it(llm: LLM) -> None:
     good = [{"role": "user", "content": "x"}]
     bad = [{"role": "user", "content": [{"type": "image_url"}]}]
@@ -174,6 +202,14 @@ def test_bad_options_of_the_engine(tmp_path: Path) -> None:
         LLM(str(path), max_model_length=64)
     with pytest.raises(ConfigError, match=r"chat_template='nowhere\.jinja'"):
         LLM(str(path), chat_template="nowhere.jinja")
+    for generation_config in ({"top_p": 0}, {"top_k": 5.5}, {"eos_token_id": "2"}, {"eos_token_id": [[2]]}):
+        (path / "generation_config.json").write_text(json.dumps(generation_config))
+        with pytest.raises(ModelLoadError, match=r"generation_config\.json"):
+            LLM(str(path))
+    (path / "generation_config.json").unlink()
+    for name in ("~nosuchuser/x", "x" * 5000):
+        with pytest.raises(ModelLoadError, match="check the path"):
+            LLM(name)
     with pytest.raises(ConfigError, match="KV cache"):
         LLM(str(path), max_model_len=128, num_gpu_blocks_override=3)
 

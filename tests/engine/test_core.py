@@ -23,9 +23,10 @@ DELTA = RequestOutputKind.DELTA
 class Engine:
     """What every front end does, without the front end."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, max_num_batched_tokens: int = 2048) -> None:
         self.executor = FakeExecutor(BLOCKS, VOCAB, MAX_LEN, BLOCK_SIZE)
-        scheduler = Scheduler(SchedulerConfig(BLOCKS, BLOCK_SIZE, MAX_LEN, enable_prefix_caching=True))
+        limits = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": 8}
+        scheduler = Scheduler(SchedulerConfig(BLOCKS, BLOCK_SIZE, MAX_LEN, **limits))
         self.core = EngineCore(scheduler, self.executor)
         self.inputs = InputProcessor(tokenizer, frozenset(), InputLimits(VOCAB, MAX_LEN, 20), seed=0)
         self.outputs = OutputProcessor(tokenizer)
@@ -106,6 +107,16 @@ def test_a_stop_string_ends_one_completion_and_not_its_siblings(engine: Engine) 
     assert not engine.core.has_unfinished
 
 
+def test_completions_of_one_prompt_share_it_but_that_is_no_cache_hit(engine: Engine) -> None:
+    prompt = list(range(50, 115))
+    name = engine.add(prompt, PLAIN.replace(n=3, temperature=1.0))
+    assert engine.run()[name][-1].num_cached_tokens == 0
+    first = engine.executor.steps[0]
+    assert [len(row.token_ids) for row in first.scheduled] == [65, 1, 1]
+    name = engine.add(prompt, PLAIN)
+    assert engine.run()[name][-1].num_cached_tokens == 64
+
+
 def test_min_tokens_hold_stop_strings_back(engine: Engine) -> None:
     name = engine.add("x", PLAIN)
     completion = engine.run()[name][-1].outputs[0]
@@ -146,6 +157,18 @@ def test_prompt_logprobs_cover_the_prompt_but_its_first_token(engine: Engine) ->
         assert output.prompt_logprobs is not None
         assert [None if p is None else next(iter(p)) for p in output.prompt_logprobs] == [None, *prompt[1:]]
         assert output.num_cached_tokens == 0
+
+
+def test_prompt_logprobs_of_a_stream_come_once_and_never_without_a_token(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    engine = Engine(tokenizer, max_num_batched_tokens=8)
+    prompt = list(range(7, 40))
+    name = engine.add(prompt, PLAIN.replace(prompt_logprobs=0, output_kind=DELTA))
+    outputs = engine.run()[name]
+    assert all(o.outputs[0].token_ids for o in outputs)
+    entries = [p for o in outputs for p in o.prompt_logprobs or ()]
+    assert [None if p is None else next(iter(p)) for p in entries] == [None, *prompt[1:]]
 
 
 def test_max_tokens_none_goes_up_to_the_models_length(engine: Engine) -> None:

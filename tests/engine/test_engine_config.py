@@ -1,8 +1,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 from halimede import ConfigError, EngineConfig, UnsupportedQuantizationError
+from halimede.engine.vllm_options import drop_vllm_options
 
 
 def test_unknown_keyword_names_the_closest() -> None:
@@ -27,6 +29,9 @@ def test_every_field_has_help() -> None:
         ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "1.5"]),
         ({"max_logprobs": -2}, ["max_logprobs", "-2"]),
         ({"model": ""}, ["model", "empty"]),
+        ({"gpu_memory_utilization": "0.9"}, ["gpu_memory_utilization", "'0.9'", "float"]),
+        ({"enable_prefix_caching": "False"}, ["enable_prefix_caching", "bool"]),
+        ({"seed": None}, ["seed", "int"]),
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "2", "use 1"]),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, ["64", "32", "lower"]),
         ({"skip_tokenizer_init": True, "tokenizer": "t"}, ["tokenizer", "skip_tokenizer_init"]),
@@ -41,3 +46,23 @@ def test_bad_values_say_the_fact_the_value_and_the_remedy(options: dict, words: 
 def test_quantization_is_refused_with_its_own_error() -> None:
     with pytest.raises(UnsupportedQuantizationError, match="awq"):
         EngineConfig(model="m", quantization="awq")
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"), [("half", "float16"), ("float", "float32"), (torch.bfloat16, "bfloat16")]
+)
+def test_dtypes_as_vllms_scripts_spell_them(given: object, dtype: str) -> None:
+    assert EngineConfig(model="m", dtype=given).dtype == dtype  # type: ignore[arg-type]
+
+
+def test_vllms_options_that_mean_nothing_here(caplog: pytest.LogCaptureFixture) -> None:
+    given = {
+        "swap_space": 4,
+        "load_format": "auto",
+        "pipeline_parallel_size": 1,
+        "enable_prefix_caching": None,
+    }
+    assert drop_vllm_options({**given, "seed": 3}) == {"seed": 3}
+    assert "swap_space" in caplog.text
+    with pytest.raises(ConfigError, match="pipeline_parallel_size=2"):
+        drop_vllm_options({"pipeline_parallel_size": 2})

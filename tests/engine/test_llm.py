@@ -155,7 +155,7 @@ def test_a_stream_may_pause_for_other_work_or_be_left(llm: LLM) -> None:
     assert not llm._core.has_unfinished
 
 
-def test_chat_renders_the_template_and_takes_lists(llm: LLM) -> None:
+def test_chat_renders_the_template_and_takes_lists(llm: LLM, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "hi"}]
     one = llm.chat(talk, GREEDY, use_tqdm=False)
     two = llm.chat(
@@ -167,6 +167,11 @@ def test_chat_renders_the_template_and_takes_lists(llm: LLM) -> None:
     assert one[0].prompt_token_ids == llm.get_tokenizer().apply_chat_template(
         talk, add_generation_prompt=True, return_dict=False
     )
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages[0]['content'] }}?")
+    assert llm.chat(talk, GREEDY, use_tqdm=False, chat_template=str(file))[0].prompt == "hi?"
+    with pytest.raises(RequestError, match="neither a Jinja template"):
+        llm.chat(talk, GREEDY, use_tqdm=False, chat_template="default")
     named = llm.chat(talk, GREEDY, use_tqdm=False, chat_template="{{ messages[0]['content'] }}!")
     assert named[0].prompt == "hi!"
 

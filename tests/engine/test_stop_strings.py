@@ -26,8 +26,17 @@ def test_keep_leaves_the_stop_string_and_drops_what_follows() -> None:
     assert (text, found) == ("one END", "END")
 
 
-def test_the_match_that_begins_first_wins() -> None:
+def test_the_match_that_is_complete_first_wins_then_the_longer_one() -> None:
     assert feed(["c", "abc"], ["xabc"])[:2] == ("x", "abc")
+    for pieces in (["abcd"], ["abc", "d"], ["a", "b", "c", "d"]):
+        assert feed(["abcd", "bc"], pieces)[:2] == ("a", "bc")
+
+
+def test_a_long_stop_string_does_not_make_a_short_one_match_below_min_tokens() -> None:
+    stop = StopStrings(["S", "z" * 26], keep=False)
+    assert stop.add(" S", check=False) is None
+    assert stop.add("eaop", check=True) is None
+    assert stop.safe_text == " Seaop"
 
 
 def test_below_min_tokens_nothing_is_searched_later_either() -> None:

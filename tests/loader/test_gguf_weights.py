@@ -86,6 +86,16 @@ def test_unquantized_types_come_as_they_are(tmp_path: Path) -> None:
         assert torch.equal(found, values.to(dtype))
 
 
+def test_numbers_of_heads_may_be_listed_per_layer(tmp_path: Path) -> None:
+    listed = {"llama.attention.head_count": [4, 4], "llama.attention.head_count_kv": [2, 2]}
+    tensors = random_tensors()
+    plain = write_gguf(tmp_path / "plain.gguf", base_metadata(), tensors)
+    lists = write_gguf(tmp_path / "lists.gguf", base_metadata() | listed, tensors)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    with GgufWeights([plain]) as one, GgufWeights([lists]) as other:
+        assert torch.equal(one.get(name), other.get(name))
+
+
 def permute_like_the_converter(weight: np.ndarray, heads: int) -> np.ndarray:
     """What convert_hf_to_gguf does with q_proj and k_proj of a Llama."""
     split = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
