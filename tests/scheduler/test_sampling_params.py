@@ -95,7 +95,7 @@ def test_value_out_of_range_is_named(name: str, value: object) -> None:
         {"max_tokens": 5, "min_tokens": 5},
         {"logprobs": -1, "prompt_logprobs": 0},
         {"logit_bias": {0: -100, 7: 100.0}, "allowed_token_ids": (1, 2), "bad_words": ["a b"]},
-        {"seed": -1, "stop_token_ids": {3, 4}, "n": 3},
+        {"seed": -2, "stop_token_ids": {3, 4}, "n": 3},
     ],
 )
 def test_limits_are_allowed(values: dict[str, Any]) -> None:
@@ -159,3 +159,7 @@ def test_fields_may_be_changed_but_not_invented() -> None:
     assert params == SamplingParams(temperature=0.5)
     with pytest.raises(AttributeError, match="temprature"):
         params.temprature = 0.5  # type: ignore[attr-defined]
+
+
+def test_seed_minus_one_is_no_seed_as_in_vllm() -> None:
+    assert SamplingParams(seed=-1).seed is None
