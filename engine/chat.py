@@ -1,6 +1,7 @@
 """Messages to prompt: the model's own chat template, rendered by transformers."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,6 +105,7 @@ def _with_text_content(message: Message) -> dict[str, Any]:
     return {**message, "content": "\n".join(texts)}
 
 
+@lru_cache(maxsize=16)  # a list of conversations has one template
 def _reads_parts(template: str) -> bool:
     """Whether the template loops over a message's content, so that it wants parts and not a string."""
     import jinja2

@@ -1,6 +1,6 @@
 """Every setting of the engine, in one flat frozen record. Command-line flags are made from its fields."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -58,7 +58,7 @@ class EngineConfig(KeywordChecked):
     )
     num_gpu_blocks_override: int | None = _option(None, "Number of KV cache blocks, whatever fits.")
     scheduling_policy: SchedulingPolicy = _option("fcfs", "Which request runs next: fcfs or priority.")
-    generation_config: str = _option(
+    generation_config: Literal["auto", "vllm"] = _option(
         "auto",
         "Where sampling defaults come from: auto (the model's generation_config.json) or vllm (none).",
     )
@@ -72,35 +72,31 @@ class EngineConfig(KeywordChecked):
         spelled = str(self.dtype).removeprefix("torch.")  # torch.bfloat16, and vLLM's short names
         object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(spelled, spelled))
         _check_types(self)
-        _check_choices(self)
+        _check_support(self)
         _check_ranges(self)
         _check_contradictions(self)
 
 
 def _check_types(c: EngineConfig) -> None:
-    for field_ in fields(c):
-        hint = get_type_hints(EngineConfig)[field_.name]
+    """Each field against its annotation: one of a Literal's values, or of one of the types."""
+    for name, hint in get_type_hints(EngineConfig).items():
+        value, allowed = getattr(c, name), get_args(hint) or (hint,)
         if get_origin(hint) is Literal:
-            continue  # _check_choices
-        allowed = get_args(hint) or (hint,)
-        value = getattr(c, field_.name)
+            _check_choice(name, value, allowed)
+            continue
         matches = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
         if not matches or (isinstance(value, bool) and bool not in allowed):
             names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-            raise ConfigError(f"{field_.name}={value!r} is of the wrong type; it must be {names}")
+            raise ConfigError(f"{name}={value!r} is of the wrong type; it must be {names}")
 
 
-def _check_choices(c: EngineConfig) -> None:
-    choices: dict[str, tuple[object, ...]] = {
-        "dtype": ("auto", "float32", "bfloat16", "float16"),
-        "block_size": BLOCK_SIZES,
-        "scheduling_policy": ("fcfs", "priority"),
-        "generation_config": ("auto", "vllm"),
-    }
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            known = ", ".join(map(str, allowed))
-            raise ConfigError(f"{name}={getattr(c, name)!r} is not one of: {known}")
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of: {', '.join(map(str, allowed))}")
+
+
+def _check_support(c: EngineConfig) -> None:
+    _check_choice("block_size", c.block_size, BLOCK_SIZES)
     if c.quantization is not None:
         raise UnsupportedQuantizationError(
             f"quantization={c.quantization!r} is not supported yet; give an unquantized checkpoint or a GGUF"

@@ -267,9 +267,9 @@ class LLM:
 
         A stream may be paused while generate() runs: each keeps what belongs to the other in the mailbox.
         """
-        waiting = [i for i in self._mailbox if i in request_ids]
+        waiting = self._take_mail(request_ids)
         if waiting:
-            return [output for i in waiting for output in self._mailbox.pop(i)]
+            return waiting
         if not self._core.has_unfinished:
             raise EngineDeadError(f"requests {sorted(request_ids)} were lost; please report this as a bug")
         with defer_interrupts():  # but for the model's own work, which the core lets Ctrl-C end
@@ -278,7 +278,12 @@ class LLM:
                 self._core.abort(request_id)
             for output in processed.outputs:
                 self._mailbox.setdefault(output.request_id, []).append(output)
-        return [output for i in request_ids for output in self._mailbox.pop(i, ())]
+        return self._take_mail(request_ids)
+
+    def _take_mail(self, request_ids: Collection[str]) -> list[RequestOutput]:
+        """What has come for these requests. Looks at the mail, not at the requests: those may be many."""
+        mine = [request_id for request_id in self._mailbox if request_id in request_ids]
+        return [output for request_id in mine for output in self._mailbox.pop(request_id)]
 
     def _abandon(self, requests: Sequence[ProcessedRequest]) -> None:
         """Forget requests, stopping those that still run."""
