@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA := .models/gemma-3-270m-Q4_K_M.gguf
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PROMPT
 INSTALLED := $(VENV)/.installed
@@ -14,13 +15,13 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED) $(MODEL)
 	$(BIN)/halimede generate $(MODEL) "$$PROMPT" --max-tokens 128 --temperature 0
 
-test: $(INSTALLED) $(MODEL)
+test: $(INSTALLED) $(MODEL) $(GEMMA)
 	$(BIN)/pytest -n 2
 
 check: $(INSTALLED)
 	scripts/check
 
-model: $(INSTALLED) $(MODEL)
+model: $(INSTALLED) $(MODEL) $(GEMMA)
 
 install: $(INSTALLED)
 
@@ -28,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/install
 	PYTHON="$(PYTHON)" scripts/install $(VENV)
 	touch $@
 
-$(MODEL): | $(INSTALLED)
+$(MODEL) $(GEMMA): | $(INSTALLED)
 	scripts/fetch_model $(BIN)/python $@
 
 clean:

@@ -1,9 +1,12 @@
 """Puts an engine together from its configuration; every front end starts here."""
 
+from dataclasses import replace
+
 from halimede.engine.config import EngineConfig
 from halimede.engine.core import EngineCore
 from halimede.engine.executor.base import Executor
 from halimede.engine.executor.local import LocalExecutor
+from halimede.engine.loader.hf_overrides import apply_hf_overrides
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.resolve import resolve_model
 from halimede.engine.models.config import ModelConfig
@@ -18,7 +21,14 @@ def open_model(config: EngineConfig) -> tuple[ModelFiles, ModelConfig]:
         revision=config.revision,
         token=config.hf_token,
         download_dir=config.download_dir,
+        load_format=config.load_format,
     )
+    if config.hf_overrides:
+        files = replace(
+            files,
+            config=apply_hf_overrides(files.config, config.hf_overrides),
+            config_source=f"{files.config_source} with hf_overrides",
+        )
     return files, ModelConfig.from_hf(files.config, files.config_source)
 
 

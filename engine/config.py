@@ -1,5 +1,6 @@
 """Every setting of the engine, in one flat frozen record. Command-line flags are made from its fields."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -9,6 +10,7 @@ from halimede.keywords import KeywordChecked
 from halimede.scheduler.config import SchedulingPolicy
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "hf", "safetensors", "pt", "gguf", "dummy"]
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -36,6 +38,15 @@ class EngineConfig(KeywordChecked):
     hf_token: str | None = _option(None, "Access token for gated models; default: the one logged in with.")
     download_dir: str | None = _option(None, "Where downloads go; default: the Hugging Face cache.")
     trust_remote_code: bool = _option(False, "Allow a tokenizer that is code in the model's repository.")
+    load_format: LoadFormat = _option(
+        "auto",
+        "Which weight files to load: auto (safetensors, else .bin or .pt, else GGUF), hf (no GGUF), "
+        "safetensors, pt, gguf, or dummy (random weights; only config.json is needed).",
+    )
+    hf_overrides: dict[str, Any] | Callable[[Any], Any] | None = _option(
+        None,
+        "Fields laid over the model's config.json, nested ones too; in Python also a function of the config.",
+    )
     dtype: DType = _option("auto", "Data type of weights and activations.")
     quantization: str | None = _option(None, "Quantization method of the checkpoint; None reads it there.")
     device: str = _option("auto", "torch device, such as cuda, cuda:1 or cpu.")
@@ -84,6 +95,7 @@ def _check_types(c: EngineConfig) -> None:
         if get_origin(hint) is Literal:
             _check_choice(name, value, allowed)
             continue
+        allowed = tuple(get_origin(kind) or kind for kind in allowed)
         matches = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
         if not matches or (isinstance(value, bool) and bool not in allowed):
             names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)

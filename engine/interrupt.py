@@ -16,15 +16,18 @@ _Handler = Callable[[int, FrameType | None], Any]
 
 
 class _Deferred:
-    """A handler of SIGINT that notes the signal for the one that it stands in for."""
+    """A handler of SIGINT that notes the signal for the one that it stands in for; open, it passes it on."""
 
     def __init__(self, original: _Handler) -> None:
         self.original = original
+        self.open = False  # cheaper, twice a step, than to put the original back for a while
         self._frame: FrameType | None = None
         self._pending = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         self._pending, self._frame = True, frame
+        if self.open:
+            self.deliver()
 
     def deliver(self) -> None:
         """Raise, or whatever the original handler does, if a signal has come."""
@@ -41,7 +44,8 @@ def defer_interrupts() -> Iterator[None]:
     """
     original = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not callable(original) or isinstance(original, _Deferred):
+    is_deferred = isinstance(original, _Deferred) and not original.open
+    if not in_main_thread or not callable(original) or is_deferred:
         yield
         return
     deferred = _Deferred(original)
@@ -57,12 +61,12 @@ def defer_interrupts() -> Iterator[None]:
 def allow_interrupts() -> Iterator[None]:
     """Let KeyboardInterrupt through inside a defer_interrupts block."""
     deferred = signal.getsignal(signal.SIGINT)
-    if not isinstance(deferred, _Deferred):
+    if not isinstance(deferred, _Deferred) or deferred.open:
         yield
         return
-    signal.signal(signal.SIGINT, deferred.original)
     try:
+        deferred.open = True
         deferred.deliver()
         yield
     finally:
-        signal.signal(signal.SIGINT, deferred)
+        deferred.open = False

@@ -1,7 +1,6 @@
 """The offline front end: `LLM("model").generate(prompts)`. The engine runs in the caller's process."""
 
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, get_args
 
@@ -9,16 +8,18 @@ from halimede.engine.build import build_core, open_model
 from halimede.engine.chat import ContentFormat, Message, read_chat_template, render_chat
 from halimede.engine.config import EngineConfig
 from halimede.engine.generation_defaults import default_sampling_params, eos_token_ids
+from halimede.engine.in_process import InProcessEngine
 from halimede.engine.input_processor import InputLimits, InputProcessor, ProcessedRequest, Prompt
 from halimede.engine.interrupt import defer_interrupts
 from halimede.engine.output_processor import OutputProcessor
-from halimede.engine.outputs import CompletionOutput, RequestOutput
+from halimede.engine.outputs import RequestOutput
 from halimede.engine.progress import GenerationProgress, UseTqdm
+from halimede.engine.request_window import GenerateRequest, Key, RequestWindow
 from halimede.engine.tokenizer import load_tokenizer
 from halimede.engine.vllm_options import drop_vllm_options
-from halimede.errors import ConfigError, EngineDeadError, RequestError
+from halimede.errors import ConfigError, RequestError
 from halimede.keywords import check_keywords
-from halimede.scheduler.sampling_params import RequestOutputKind, SamplingParams
+from halimede.scheduler.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,9 +57,7 @@ class LLM:
             self.config.seed,
         )
         self._outputs = OutputProcessor(self._tokenizer)
-        self._request_ids = itertools.count()
-        self._mailbox: dict[str, list[RequestOutput]] = {}
-        self._closed = False
+        self._engine = InProcessEngine(self._core, self._inputs, self._outputs)
 
     def generate(
         self,
@@ -130,6 +129,22 @@ class LLM:
             raise RequestError(str(error)) from error
         return render_chat(self.get_tokenizer(), messages, **options)
 
+    def as_completed(
+        self, requests: Iterable[GenerateRequest[Key]], *, max_pending: int | None = None
+    ) -> Iterator[tuple[Key, RequestOutput]]:
+        """Complete requests from any iterable, however long, and yield (key, result) as each finishes.
+
+        requests: read as there is room, so a generator that reads a file needs no more memory than its
+            requests under way. A request that is refused or fails gives a result with `error` set.
+        max_pending: prompts in the engine at once; None is twice max_num_seqs, so that none waits for input.
+
+        Leaving the loop aborts what runs. Raises RequestError for a max_pending below 1.
+        """
+        limit = 2 * self.config.max_num_seqs if max_pending is None else max_pending
+        if limit < 1:
+            raise RequestError(f"max_pending={max_pending} must be at least 1")
+        return self._run_lazily(RequestWindow(self._engine, requests, self._defaults, limit))
+
     def stream(
         self,
         prompt: Prompt,
@@ -147,16 +162,16 @@ class LLM:
         outputs: list[RequestOutput] = []
         try:
             with defer_interrupts():
-                processed = self._submit(prompt, params, 0, add_special_tokens)
+                processed = self._engine.submit(prompt, params, add_special_tokens=add_special_tokens)
                 submitted.append(processed)
             while not (outputs and outputs[-1].finished):
-                outputs = self._step_for([processed.request_id])
+                outputs = self._engine.step_for([processed.request_id])
                 for output in outputs:
                     if output.error is not None:
                         raise output.error
                     yield output
         finally:
-            self._abandon(submitted)
+            self._engine.abandon(submitted)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The transformers tokenizer. RequestError with skip_tokenizer_init=True."""
@@ -174,9 +189,7 @@ class LLM:
 
     def shutdown(self) -> None:
         """Free the model and the KV cache; the LLM cannot be used again."""
-        if not self._closed:
-            self._closed = True
-            self._core.shutdown()
+        self._engine.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -202,96 +215,35 @@ class LLM:
         chosen = self._defaults if sampling_params is None else sampling_params
         params = _one_each(chosen, SamplingParams, count, "sampling_params")
         priorities = _one_each(0 if priority is None else priority, int, count, "priority")
+        requests = [
+            GenerateRequest(prompts[i], params[i], i, priorities[i], add_special_tokens=special)
+            for i in range(count)
+        ]
         results: list[RequestOutput | None] = [None] * count
         errors: list[tuple[int, RequestError]] = []
-        accepted: dict[str, tuple[int, ProcessedRequest]] = {}
-        try:
-            for index, prompt in enumerate(prompts):
-                try:
-                    if isinstance(prompt, RequestError):
-                        raise prompt
-                    final_only = params[index].replace(output_kind=RequestOutputKind.FINAL_ONLY)
-                    with defer_interrupts():
-                        processed = self._submit(prompt, final_only, priorities[index], special)
-                        accepted[processed.request_id] = (index, processed)
-                except RequestError as error:
-                    errors.append((index, error))
-                    results[index] = _failed_output(f"invalid-{index}", prompt, error)
+
+        def take(index: int, output: RequestOutput) -> None:
+            results[index] = output
+            if output.error is not None:
+                errors.append((index, output.error))
+
+        with RequestWindow(self._engine, requests, self._defaults) as window:
+            for index, output in window.fill():
+                take(index, output)
             if errors and on_error == "raise":
                 raise _summary(errors, count)
-            for output in self._run(list(accepted), use_tqdm):
-                index = accepted[output.request_id][0]
-                results[index] = output
-                if output.error is not None:
-                    errors.append((index, output.error))
-        finally:
-            self._abandon([processed for _, processed in accepted.values()])
+            with GenerationProgress(count - len(errors), use_tqdm) as progress:
+                for index, output in window:
+                    take(index, output)
+                    progress.add(output)
         if errors and on_error == "raise":
             raise _summary(errors, count, [None if r is None or r.error else r for r in results])
         return cast("list[RequestOutput]", results)
 
-    def _run(self, request_ids: Sequence[str], use_tqdm: UseTqdm) -> Iterator[RequestOutput]:
-        """Run submitted requests to their ends and yield each as it finishes."""
-        progress = GenerationProgress(len(request_ids), use_tqdm)
-        remaining = set(request_ids)
-        try:
-            while remaining:
-                for output in self._step_for(remaining):
-                    if output.finished:
-                        remaining.remove(output.request_id)
-                        progress.add(output)
-                        yield output
-        finally:
-            progress.close()
-
-    def _submit(
-        self, prompt: Prompt, params: SamplingParams, priority: int, special: bool
-    ) -> ProcessedRequest:
-        """Check a prompt and queue it; nothing is left behind if it is refused."""
-        if self._closed:
-            raise EngineDeadError("this LLM was shut down; make a new one")
-        processed = self._inputs.process(
-            str(next(self._request_ids)), prompt, params, priority=priority, add_special_tokens=special
-        )
-        self._outputs.add(processed)
-        try:
-            for request in processed.requests:
-                self._core.add(request)
-        except BaseException:
-            self._abandon([processed])
-            raise
-        return processed
-
-    def _step_for(self, request_ids: Collection[str]) -> list[RequestOutput]:
-        """What is new of these requests; runs a step unless another caller's step has brought something.
-
-        A stream may be paused while generate() runs: each keeps what belongs to the other in the mailbox.
-        """
-        waiting = self._take_mail(request_ids)
-        if waiting:
-            return waiting
-        if not self._core.has_unfinished:
-            raise EngineDeadError(f"requests {sorted(request_ids)} were lost; please report this as a bug")
-        with defer_interrupts():  # but for the model's own work, which the core lets Ctrl-C end
-            processed = self._outputs.process(self._core.step())
-            for request_id in processed.to_abort:
-                self._core.abort(request_id)
-            for output in processed.outputs:
-                self._mailbox.setdefault(output.request_id, []).append(output)
-        return self._take_mail(request_ids)
-
-    def _take_mail(self, request_ids: Collection[str]) -> list[RequestOutput]:
-        """What has come for these requests. Looks at the mail, not at the requests: those may be many."""
-        mine = [request_id for request_id in self._mailbox if request_id in request_ids]
-        return [output for request_id in mine for output in self._mailbox.pop(request_id)]
-
-    def _abandon(self, requests: Sequence[ProcessedRequest]) -> None:
-        """Forget requests, stopping those that still run."""
-        with defer_interrupts():
-            for processed in requests:
-                self._mailbox.pop(processed.request_id, None)
-                for request_id in self._outputs.forget(processed.request_id):
-                    self._core.abort(request_id)
+    @staticmethod
+    def _run_lazily(window: RequestWindow[Key]) -> Iterator[tuple[Key, RequestOutput]]:
+        with window:
+            yield from window
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -317,17 +269,6 @@ def _one_each(values: _T | Sequence[_T], kind: type[_T], count: int, name: str) 
     if len(listed) != count:
         raise RequestError(f"{len(listed)} {name} for {count} prompts; give one for all or one for each")
     return listed
-
-
-def _failed_output(request_id: str, prompt: Prompt | RequestError, error: RequestError) -> RequestOutput:
-    return RequestOutput(
-        request_id=request_id,
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=None,
-        outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")],
-        finished=True,
-        error=error,
-    )
 
 
 def _summary(

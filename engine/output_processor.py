@@ -17,7 +17,7 @@ from halimede.engine.stop_strings import StopStrings
 from halimede.engine.tokenizer import IncrementalDetokenizer
 from halimede.errors import RequestError
 from halimede.scheduler.output import FinishReason, SequenceUpdate, TokenLogprobs
-from halimede.scheduler.sampling_params import RequestOutputKind
+from halimede.scheduler.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,6 @@ class _Completion:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     # How much of the above a DELTA stream has shown already.
-    shown_text: int = 0
     shown_tokens: int = 0
     shown_end: bool = False
 
@@ -50,16 +49,28 @@ class _Completion:
 
 @dataclass(slots=True)
 class _RequestState:
+    """A request as it grows. num_unfinished: completions that go on.
+
+    streams: it has outputs before its end; delta: they hold what is new only.
+
+    prompt_token_ids: the list that its outputs share, since a copy for each would cost its length every step.
+    """
+
     source: ProcessedRequest
     completions: list[_Completion]
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None
+    prompt_token_ids: list[int]
+    num_unfinished: int
+    streams: bool
+    delta: bool
     num_cached_tokens: int = 0
     error: RequestError | None = None
 
     @property
     def finished(self) -> bool:
-        return all(c.finish_reason is not None for c in self.completions)
+        """Whether every completion has ended."""
+        return not self.num_unfinished
 
 
 @dataclass(slots=True)
@@ -76,13 +87,22 @@ class OutputProcessor:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self._tokenizer = tokenizer
         self._states: dict[str, _RequestState] = {}
-        self._owners: dict[str, tuple[str, int]] = {}
+        self._owners: dict[str, tuple[_RequestState, _Completion]] = {}
         self._token_texts: dict[int, str] = {}
 
     def add(self, source: ProcessedRequest) -> None:
         """Expect updates for a request."""
         params = source.sampling_params
-        completions = []
+        state = _RequestState(
+            source,
+            [],
+            RequestMetrics(arrival_time=source.requests[0].arrival_time),
+            None if params.prompt_logprobs is None else [None],
+            list(source.prompt_token_ids),
+            num_unfinished=len(source.requests),
+            streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
+            delta=params.output_kind is RequestOutputKind.DELTA,
+        )
         for index, request in enumerate(source.requests):
             detokenizer = None
             if params.detokenize and self._tokenizer is not None:
@@ -92,14 +112,10 @@ class OutputProcessor:
                     skip_special_tokens=params.skip_special_tokens,
                 )
             stop = StopStrings(params.stop_strings, keep=params.include_stop_str_in_output)
-            completions.append(_Completion(index, detokenizer, stop))
-            self._owners[request.request_id] = (source.request_id, index)
-        self._states[source.request_id] = _RequestState(
-            source,
-            completions,
-            RequestMetrics(arrival_time=source.requests[0].arrival_time),
-            None if params.prompt_logprobs is None else [None],
-        )
+            completion = _Completion(index, detokenizer, stop)
+            state.completions.append(completion)
+            self._owners[request.request_id] = (state, completion)
+        self._states[source.request_id] = state
 
     def forget(self, request_id: str) -> list[str]:
         """Drop a request; the ids of its core requests that are still running."""
@@ -124,10 +140,11 @@ class OutputProcessor:
             owner = self._owners.get(update.request_id)
             if owner is None:
                 continue
-            state = self._states[owner[0]]
-            changed[owner[0]] = state
-            if self._apply(state, state.completions[owner[1]], update):
+            state, completion = owner
+            if completion.finish_reason is None and self._apply(state, completion, update):
                 result.to_abort.append(update.request_id)
+            if state.streams or state.finished:
+                changed[state.source.request_id] = state
         for request_id, state in changed.items():
             output = _make_output(state)
             if output is not None:
@@ -138,31 +155,33 @@ class OutputProcessor:
 
     def _apply(self, state: _RequestState, completion: _Completion, update: SequenceUpdate) -> bool:
         """True if a stop string ended a completion that the core still runs."""
-        if completion.finish_reason is not None:
-            return False
-        params = state.source.sampling_params
         if completion.index == 0:  # the others read the prompt that the first one computed
             state.num_cached_tokens = update.num_cached_tokens
             if state.prompt_logprobs is not None:
                 state.prompt_logprobs += [self._decode_logprobs(entry) for entry in update.prompt_logprobs]
-        if update.new_token_ids and state.metrics.first_token_time is None:
+        if state.metrics.first_token_time is None and update.new_token_ids:
             state.metrics.first_token_time = time.monotonic()
-        stopped_by = self._append(completion, update, params.min_tokens, params.include_stop_str_in_output)
+        stopped_by = self._append(completion, update, state.source.sampling_params)
+        if stopped_by is None and update.finish_reason is None:
+            return False
         completion.finish_reason, completion.stop_reason = update.finish_reason, update.stop_reason
         if update.error is not None:
             state.error = RequestError(f"request {state.source.request_id} failed: {update.error}")
         if stopped_by is not None:
             completion.finish_reason, completion.stop_reason = "stop", stopped_by
-        elif update.finish_reason is not None and completion.detokenizer is not None:
+        elif completion.detokenizer is not None:
             completion.stop.add(completion.detokenizer.flush(), check=False)
+        state.num_unfinished -= 1
         if state.finished:
             state.metrics.finished_time = time.monotonic()
         return stopped_by is not None and update.finish_reason is None
 
-    def _append(
-        self, completion: _Completion, update: SequenceUpdate, min_tokens: int, keep_stop: bool
-    ) -> str | None:
+    def _append(self, completion: _Completion, update: SequenceUpdate, params: SamplingParams) -> str | None:
         """Add the update's tokens; the stop string that ends the completion, if one does."""
+        detokenizer = completion.detokenizer
+        if detokenizer is None and not update.logprobs:
+            completion.token_ids += update.new_token_ids
+            return None
         last = len(update.new_token_ids) - 1
         for position, token in enumerate(update.new_token_ids):
             completion.token_ids.append(token)
@@ -170,12 +189,12 @@ class OutputProcessor:
                 entry = update.logprobs[position]
                 completion.logprobs.append(self._decode_logprobs(entry))
                 completion.cumulative_logprob += entry.logprobs[0]
-            if completion.detokenizer is None:
+            if detokenizer is None:
                 continue
-            if position == last and update.finish_reason == "stop" and not keep_stop:
+            if position == last and update.finish_reason == "stop" and not params.include_stop_str_in_output:
                 continue  # the token that ended it is not part of the text
-            text = completion.detokenizer.add(token)
-            found = completion.stop.add(text, check=len(completion.token_ids) > min_tokens)
+            check = len(completion.token_ids) > params.min_tokens
+            found = completion.stop.add(detokenizer.add(token), check=check)
             if found is not None:
                 return found
         return None
@@ -196,52 +215,48 @@ class OutputProcessor:
 
 
 def _make_output(state: _RequestState) -> RequestOutput | None:
-    params = state.source.sampling_params
-    kind = params.output_kind
-    if kind is RequestOutputKind.FINAL_ONLY and not state.finished:
-        return None
-    delta = kind is RequestOutputKind.DELTA
-    if delta and not state.finished and not any(c.has_news for c in state.completions):
-        return None
-    completions = [
-        _show(c, delta, with_logprobs=params.logprobs is not None)
-        for c in state.completions
-        if not delta or c.has_news
-    ]
+    source, finished = state.source, state.finished
+    shown, delta = state.completions, state.delta
+    if delta:
+        shown = [completion for completion in shown if completion.has_news]
+        if not shown and not finished:
+            return None
+    with_logprobs = source.sampling_params.logprobs is not None
     return RequestOutput(
-        request_id=state.source.request_id,
-        prompt=state.source.prompt,
-        prompt_token_ids=list(state.source.prompt_token_ids),
-        outputs=completions,
-        finished=state.finished,
-        prompt_logprobs=_show_prompt_logprobs(state, delta),
-        metrics=state.metrics,
-        num_cached_tokens=state.num_cached_tokens,
-        error=state.error,
+        source.request_id,
+        source.prompt,
+        state.prompt_token_ids,
+        [_show(completion, delta, with_logprobs) for completion in shown],
+        finished,
+        None if state.prompt_logprobs is None else _show_prompt_logprobs(state, delta),
+        state.metrics,
+        state.num_cached_tokens,
+        state.error,
     )
 
 
-def _show_prompt_logprobs(state: _RequestState, delta: bool) -> list[PositionLogprobs | None] | None:
-    shown = state.prompt_logprobs
-    if shown is None:
-        return None
+def _show_prompt_logprobs(state: _RequestState, delta: bool) -> list[PositionLogprobs | None]:
+    shown = state.prompt_logprobs or []
     if delta:
         state.prompt_logprobs = []
     return list(shown)
 
 
 def _show(completion: _Completion, delta: bool, with_logprobs: bool) -> CompletionOutput:
-    text = completion.stop.text if completion.finish_reason else completion.stop.safe_text
-    first_char = completion.shown_text if delta else 0
-    first_token = completion.shown_tokens if delta else 0
-    completion.shown_text, completion.shown_tokens = len(text), len(completion.token_ids)
-    completion.shown_end = completion.finish_reason is not None
+    ended = completion.finish_reason is not None
+    first_token = 0
+    if delta:
+        text = completion.stop.take(everything=ended)
+        first_token, completion.shown_tokens = completion.shown_tokens, len(completion.token_ids)
+        completion.shown_end = ended
+    else:
+        text = completion.stop.text if ended else completion.stop.safe_text
     return CompletionOutput(
-        index=completion.index,
-        text=text[first_char:],
-        token_ids=completion.token_ids[first_token:],
-        cumulative_logprob=completion.cumulative_logprob if with_logprobs else None,
-        logprobs=completion.logprobs[first_token:] if with_logprobs else None,
-        finish_reason=completion.finish_reason,
-        stop_reason=completion.stop_reason,
+        completion.index,
+        text,
+        completion.token_ids[first_token:],
+        completion.cumulative_logprob if with_logprobs else None,
+        completion.logprobs[first_token:] if with_logprobs else None,
+        completion.finish_reason,
+        completion.stop_reason,
     )

@@ -1,7 +1,7 @@
 """The progress bar of an offline run: requests done, tokens read and written per second."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from halimede.engine.outputs import RequestOutput
 
@@ -33,9 +33,11 @@ class GenerationProgress:
         self._bar.set_postfix_str(_speeds(self._input_tokens, self._output_tokens, elapsed), refresh=False)
         self._bar.update(1)
 
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:  # leave it as it stands
             self._bar.close()
 
 

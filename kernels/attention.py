@@ -58,9 +58,11 @@ def paged_attention(
     assert q.shape[2] == head_dim, f"q has head_dim {q.shape[2]}, the cache {head_dim}"
     keys, values = k_cache.view(-1, head_dim), v_cache.view(-1, head_dim)
     grouped = q.view(q.shape[0], num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
+    if len(plan.decode) == 1 and plan.decode[0].tokens == slice(0, q.shape[0]):  # nothing to put together
+        return _attend_decode(grouped, keys, values, plan.decode[0], plan.scratch, scale).flatten(1, 2)
     output = q.new_empty(grouped.shape)
     for batch in plan.decode:
-        _attend_decode(grouped, keys, values, batch, plan.scratch, scale, output)
+        output[batch.tokens] = _attend_decode(grouped, keys, values, batch, plan.scratch, scale)
     for row in plan.prefill:
         _attend_prefill(grouped, keys, values, row, scale, output)
     return output.flatten(1, 2)
@@ -73,14 +75,13 @@ def _attend_decode(
     batch: DecodeBatch,
     scratch: tuple[torch.Tensor, torch.Tensor],
     scale: float,
-    output: torch.Tensor,
-) -> None:
-    """Rows with one query token: q, output (T, K, H / K, D), keys and values (N * K * B, D)."""
-    size, shape = batch.cache_rows.shape[0], (batch.tokens.shape[0], q.shape[1], -1, q.shape[3])
+) -> torch.Tensor:
+    """Rows with one query token: q (T, K, H / K, D), keys and values (N * K * B, D) -> (G, K, H / K, D)."""
+    query = q[batch.tokens]
+    size, shape = batch.cache_rows.shape[0], (query.shape[0], query.shape[1], -1, query.shape[3])
     k = torch.index_select(keys, 0, batch.cache_rows, out=scratch[0][:size]).view(shape)
     v = torch.index_select(values, 0, batch.cache_rows, out=scratch[1][:size]).view(shape)
-    attended = F.scaled_dot_product_attention(q[batch.tokens], k, v, attn_mask=batch.mask, scale=scale)
-    output[batch.tokens] = attended
+    return F.scaled_dot_product_attention(query, k, v, attn_mask=batch.mask, scale=scale)
 
 
 def _attend_prefill(
@@ -93,8 +94,9 @@ def _attend_prefill(
 ) -> None:
     """One row with several query tokens; shapes as in _attend_decode."""
     num_kv_heads, group, head_dim = q.shape[1:]
-    k = keys[row.cache_rows].view(num_kv_heads, 1, -1, head_dim).expand(-1, group, -1, -1)
-    v = values[row.cache_rows].view(num_kv_heads, 1, -1, head_dim).expand(-1, group, -1, -1)
+    shape = (num_kv_heads, 1, -1, head_dim)
+    k = keys.index_select(0, row.cache_rows).view(shape).expand(-1, group, -1, -1)
+    v = values.index_select(0, row.cache_rows).view(shape).expand(-1, group, -1, -1)
     for tile in row.tiles:
         tokens, seen = slice(tile.start, tile.stop), slice(tile.first_key, tile.last_key)
         attended = F.scaled_dot_product_attention(

@@ -1,6 +1,7 @@
 """Writes a step's keys and values to their slots of the paged cache.
 
-Layouts: k, v (T, K, D); caches (N, K, B, D) contiguous; slot_mapping (T), slot = block * B + offset.
+Layouts: k, v (T, K, D); caches (N, K, B, D) contiguous; slot_mapping (T), slot = block * B + offset;
+rows (T * K) of a cache seen as (N * K * B, D), made of the slots by `cache_rows` once per step for all layers.
 Moves 2 * T * K * D elements in and out.
 """
 
@@ -26,14 +27,14 @@ def write_kv(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    rows: torch.Tensor,
 ) -> None:
-    """Put k, v (T, K, D) of each token at its slot (T, int64) of the caches, in place. Slots are distinct."""
-    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    assert k.shape == v.shape == (slot_mapping.shape[0], num_kv_heads, head_dim), "k, v must be (T, K, D)"
-    rows = cache_rows(slot_mapping[:, None], num_kv_heads, block_size).flatten()
-    k_cache.view(-1, head_dim)[rows] = k.reshape(-1, head_dim)
-    v_cache.view(-1, head_dim)[rows] = v.reshape(-1, head_dim)
+    """Put k, v (T, K, D) of each token and head at its row (T * K, int64), in place. Rows are distinct."""
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    assert k.shape == v.shape, "k and v must be of one shape"
+    assert k.shape == (rows.shape[0] // num_kv_heads, num_kv_heads, head_dim), "k, v must be (T, K, D)"
+    k_cache.view(-1, head_dim).index_copy_(0, rows, k.reshape(-1, head_dim))
+    v_cache.view(-1, head_dim).index_copy_(0, rows, v.reshape(-1, head_dim))
 
 
 def cache_rows(slots: torch.Tensor, num_kv_heads: int, block_size: int) -> torch.Tensor:

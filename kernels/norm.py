@@ -2,10 +2,17 @@
 
 Layouts: x (..., hidden) with unit stride in the last dimension, weight (hidden).
 The norm is computed in float32 and rounded to x's dtype before the product with weight, as Hugging Face's
-models do: checkpoints were trained with that rounding.
+models do: checkpoints were trained with that rounding. A float32 weight under a 16-bit x is Gemma's way: the
+product comes first, the rounding after it.
 """
 
+import functools
+
 import torch
+import torch.nn.functional as F
+
+# Rows up to which a step of decoding is bound by the number of operations, not by what they compute.
+_FEW_ROWS = 16
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -17,9 +24,27 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Norm x (..., hidden) by weight (hidden); x is not changed."""
+    if x.dtype.itemsize == 2 and weight.dtype == x.dtype and x.shape[0] <= _FEW_ROWS:
+        return _rms_norm_by_layer_norm(x, eps) * weight
     wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    if weight.dtype != x.dtype:
+        return (wide * scale).mul_(weight).to(x.dtype)
     return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def _rms_norm_by_layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The norm without weight, in 2 operations in place of 7.
+
+    The mean of (x, -x) is 0, so its variance, which layer_norm divides by, is the mean square of x.
+    """
+    both = x.unsqueeze(-2) * _signs(x.dtype, x.device)
+    return F.layer_norm(both, both.shape[-2:], eps=eps).select(-2, 0)
+
+
+@functools.cache
+def _signs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor([[1.0], [-1.0]], dtype=dtype, device=device)
 
 
 def add_rms_norm_reference(

@@ -78,20 +78,23 @@ class BlockManager:
         sequence.num_shared_blocks = sequence.num_registered_blocks = len(hits)
         sequence.num_computed_tokens = len(hits) * self._block_size
         sequence.register_at = sequence.num_computed_tokens + self._block_size if self._caching else NEVER
-        self.append(sequence, self.num_blocks_missing(sequence, len(sequence.token_ids)))
+        grown = self.grow(sequence, len(sequence.token_ids))
+        assert grown is not None, f"sequence {sequence.seq_id} needs more blocks than are free"
 
-    def num_blocks_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks that a sequence needs before it can hold num_tokens tokens."""
-        return -(-num_tokens // self._block_size) - len(sequence.block_table)
+    def grow(self, sequence: Sequence, num_tokens: int) -> tuple[int, ...] | None:
+        """Add the blocks that a sequence needs to hold num_tokens tokens to its table, and return them.
 
-    def append(self, sequence: Sequence, count: int) -> tuple[int, ...]:
-        """Add `count` free blocks to the table and return them; what they held is forgotten."""
-        block_ids = self._pool.take(count)
-        for block_id in block_ids:
-            self._cache.forget(block_id)
-        sequence.block_table += block_ids
-        sequence.capacity = len(sequence.block_table) * self._block_size
-        return tuple(block_ids)
+        None, and nothing added, when fewer are free. What the blocks held is forgotten.
+        """
+        table, pool = sequence.block_table, self._pool
+        count = -(-num_tokens // self._block_size) - len(table)
+        if count > pool.num_free:
+            return None
+        block_ids = pool.take(count)
+        self._cache.forget(block_ids)
+        table += block_ids
+        sequence.capacity = len(table) * self._block_size
+        return block_ids
 
     def register_full_blocks(self, sequence: Sequence) -> None:
         """Register the blocks that the computed tokens fill and that are not registered yet."""
@@ -115,15 +118,14 @@ class BlockManager:
         """Take registrations back, except of blocks that have been reused since."""
         for block_id, prefix in registrations:
             if self._cache.get(block_id) is prefix:
-                self._cache.forget(block_id)
+                self._cache.forget((block_id,))
 
     def free(self, sequence: Sequence, *, keep_cached: bool = True) -> None:
         """Give all blocks of a sequence back, tail first: a prefix is of use without its end, not without
         its start. keep_cached False makes the prefix cache forget those that the sequence filled itself.
         """
         if not keep_cached:
-            for block_id in sequence.block_table[sequence.num_shared_blocks :]:
-                self._cache.forget(block_id)
+            self._cache.forget(sequence.block_table[sequence.num_shared_blocks :])
         for block_id in reversed(sequence.block_table):
             self._pool.release(block_id, reuse_first=block_id not in self._cache)
         sequence.forget_blocks()

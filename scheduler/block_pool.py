@@ -26,7 +26,7 @@ class BlockPool:
         """Blocks that no sequence holds."""
         return len(self._free)
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int) -> tuple[int, ...]:
         """Hand out `count` blocks, each with one reference, least recently used first."""
         assert count <= len(self._free), f"take({count}) > {len(self._free)} free blocks"
         block_ids = []
@@ -34,7 +34,7 @@ class BlockPool:
             block_id, _ = self._free.popitem(last=False)
             self.ref_counts[block_id] = 1
             block_ids.append(block_id)
-        return block_ids
+        return tuple(block_ids)
 
     def acquire(self, block_id: int) -> None:
         """Add a reference to a block, free or not, whose content is wanted again."""

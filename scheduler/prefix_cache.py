@@ -6,6 +6,8 @@ space. The identity is a number given once and never again, not a hash, and the 
 two prefixes are equal here if and only if all their tokens and their salts are.
 """
 
+from collections.abc import Iterable
+
 Parent = int | str | None
 """What comes before a block: the prefix_id of the previous one, or the cache_salt before the first."""
 
@@ -59,14 +61,15 @@ class PrefixCache:
         """The prefix that a block holds the end of, None when it is not registered."""
         return self._by_block.get(block_id)
 
-    def forget(self, block_id: int) -> None:
-        """Drop what is known of a block, if anything is."""
-        prefix = self._by_block.pop(block_id, None)
-        if prefix is None:
-            return
-        prefix.block_ids.remove(block_id)
-        if not prefix.block_ids:
-            del self._by_key[prefix.key]
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Drop what is known of these blocks, if anything is."""
+        for block_id in block_ids:
+            prefix = self._by_block.pop(block_id, None)
+            if prefix is None:
+                continue
+            prefix.block_ids.remove(block_id)
+            if not prefix.block_ids:
+                del self._by_key[prefix.key]
 
     def clear(self) -> None:
         """Forget every block. Identities go on, so that old ones cannot be taken for new ones."""

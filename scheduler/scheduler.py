@@ -4,8 +4,7 @@ Every step hands out max_num_batched_tokens so that each sequence's computed tok
 ones. That one rule is prefill, chunked prefill, decode, prefix-cache hits and resuming after a preemption.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right, insort
 from itertools import islice, pairwise
 from math import inf
 from operator import attrgetter
@@ -13,6 +12,7 @@ from operator import attrgetter
 from halimede.errors import RequestError
 from halimede.scheduler.block_manager import BlockManager, Hit
 from halimede.scheduler.config import SchedulerConfig
+from halimede.scheduler.intake import take_in
 from halimede.scheduler.output import (
     FinishReason,
     ModelRunnerOutput,
@@ -20,13 +20,13 @@ from halimede.scheduler.output import (
     ScheduledSequence,
     SchedulerOutput,
     SequenceUpdate,
-    TokenLogprobs,
 )
 from halimede.scheduler.policy import WaitingQueue, scheduling_key
 from halimede.scheduler.request import Request
 from halimede.scheduler.sequence import Sequence
 
 _by_key = attrgetter("key")
+_by_rank = attrgetter("rank")
 # Makes a named tuple from all its fields at C speed: the classes' own constructors are Python functions, and
 # would take a third of the time of the two loops that run once per sequence and step.
 _make = tuple.__new__
@@ -110,7 +110,7 @@ class Scheduler:
         A step that is running with it may still be updated: its result for this request is ignored.
         """
         sequence = self._requests.get(request_id)
-        return None if sequence is None else self._finish(sequence, "abort")
+        return None if sequence is None else self._cut_short(sequence, "abort")
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; False, and nothing forgotten, while a sequence runs."""
@@ -177,9 +177,13 @@ class Scheduler:
                 fields = (sequence.request_id, new, (), (), sequence.num_cached_tokens, None, None, None)
                 updates.append(_make(SequenceUpdate, fields))
             elif row.needs_sample or not plain:
-                changed = self._update_sequence(sequence, row, new, result)
-                if changed is not None:
-                    updates.append(changed)
+                update = take_in(sequence, row, result)
+                if update is None:
+                    continue
+                updates.append(update)
+                if update.finish_reason is not None:
+                    # What a failed one computed may be as broken as its logits.
+                    self._remove(sequence, keep_cached=update.error is None)
         return updates
 
     def fail_step(self, output: SchedulerOutput, reason: str) -> list[SequenceUpdate]:
@@ -192,7 +196,7 @@ class Scheduler:
         self._finished += output.finished_seq_ids
         self._preempted += output.preempted_seq_ids
         rows = (self._sequences.get(row.seq_id) for row in output.scheduled)
-        return [self._finish(sequence, "error", error=reason) for sequence in rows if sequence is not None]
+        return [self._cut_short(sequence, "error", reason) for sequence in rows if sequence is not None]
 
     def check_integrity(self) -> None:
         """Raise AssertionError with the equation that does not hold."""
@@ -238,36 +242,50 @@ class Scheduler:
         Stops before a sequence whose rank is greater than `limit`.
         """
         running, scheduled, blocks = self._running, plan.scheduled, self._blocks
-        budget, num_before = plan.budget, len(scheduled)
-        for sequence in islice(running, index, None):  # a preemption may shorten the list meanwhile
-            if not budget or sequence.rank > limit:
+        stop = None if limit == inf else bisect_right(running, limit, index, key=_by_rank)
+        num_before = len(scheduled)
+        for sequence in islice(running, index, stop):  # a preemption may shorten the list meanwhile
+            if not plan.budget:
                 break
             start = sequence.num_computed_tokens
             known = sequence.token_ids
-            num_known = len(known)
-            end = num_known if num_known - start <= budget else start + budget
-            new_block_ids: tuple[int, ...] = ()
-            if end > sequence.capacity:
-                count = blocks.num_blocks_missing(sequence, end)
-                if not self._make_room(plan, sequence, count):
-                    break
-                new_block_ids = blocks.append(sequence, count)
-            sequence.num_computed_tokens = end
-            if end >= sequence.register_at:
-                blocks.register_full_blocks(sequence)
-            token_ids = (known[start],) if end - start == 1 else tuple(known[start:end])
-            row = (sequence.seq_id, token_ids, start, new_block_ids, end == num_known, None)
-            scheduled.append(_make(ScheduledSequence, row))
-            budget -= end - start
-        plan.budget = budget
+            end = start + 1
+            # The usual row, one token for which there is room, pays for nothing else, as in update().
+            if end == len(known) and end <= sequence.capacity:
+                sequence.num_computed_tokens = end
+                if end >= sequence.register_at:
+                    blocks.register_full_blocks(sequence)
+                row = (sequence.seq_id, (known[start],), start, (), True, None)
+                scheduled.append(_make(ScheduledSequence, row))
+                plan.budget -= 1
+            elif not self._schedule_chunk(plan, sequence):
+                break
         return index + len(scheduled) - num_before
 
-    def _make_room(self, plan: _Plan, sequence: Sequence, count: int) -> bool:
-        """Preempt until `count` blocks are free; False when that took the sequence itself."""
-        while self._blocks.num_free_blocks < count:
-            victim = self._preempt_last(plan)
-            if victim is sequence:
-                return False
+    def _schedule_chunk(self, plan: _Plan, sequence: Sequence) -> bool:
+        """Give a running sequence its share of the step; False when it had to make way for others."""
+        start, num_known = sequence.num_computed_tokens, len(sequence.token_ids)
+        end = min(num_known, start + plan.budget)
+        new_block_ids: tuple[int, ...] | None = ()
+        if end > sequence.capacity:
+            new_block_ids = self._blocks.grow(sequence, end)
+            while new_block_ids is None:
+                if self._preempt_last(plan) is sequence:
+                    return False
+                new_block_ids = self._blocks.grow(sequence, end)
+        sequence.num_computed_tokens = end
+        if end >= sequence.register_at:
+            self._blocks.register_full_blocks(sequence)
+        row = (
+            sequence.seq_id,
+            tuple(sequence.token_ids[start:end]),
+            start,
+            new_block_ids,
+            end == num_known,
+            None,
+        )
+        plan.scheduled.append(_make(ScheduledSequence, row))
+        plan.budget -= end - start
         return True
 
     def _admit(self, plan: _Plan, index: int) -> bool:
@@ -335,47 +353,20 @@ class Scheduler:
         self.num_preemptions += 1
         return victim
 
-    def _update_sequence(
-        self, sequence: Sequence, row: ScheduledSequence, new: Iterable[int], result: ModelRunnerOutput
-    ) -> SequenceUpdate | None:
-        """Take in one row's result, whatever it holds; None when nothing changed for the request."""
-        error = result.errors.get(row.seq_id)
-        new = tuple(new)
-        if error is None and row.needs_sample and not new:
-            error = "the model runner returned no token for a sequence that needs one"
-        if error is not None:
-            # What it computed may be as broken as its logits.
-            return self._finish(sequence, "error", error=error, keep_cached=False)
-        prompt_logprobs = self._new_prompt_logprobs(sequence, row, result)
-        count, finish_reason, stop_reason = sequence.append(new)
-        if not count and not prompt_logprobs:
-            return None
-        update = SequenceUpdate(
-            sequence.request_id,
-            new[:count],
-            result.logprobs.get(row.seq_id, ())[:count],
-            prompt_logprobs,
-            sequence.num_cached_tokens,
-            finish_reason,
-            stop_reason,
-        )
-        if finish_reason is not None:
-            self._finish(sequence, finish_reason)
-        return update
-
-    def _new_prompt_logprobs(
-        self, sequence: Sequence, row: ScheduledSequence, result: ModelRunnerOutput
-    ) -> tuple[TokenLogprobs, ...]:
-        """The row's prompt logprobs, without those already reported before a preemption."""
-        entries = result.prompt_logprobs.get(row.seq_id, ())
-        fresh = entries[max(0, sequence.num_prompt_logprobs - row.num_computed_tokens) :]
-        sequence.num_prompt_logprobs += len(fresh)
-        return fresh
-
-    def _finish(
-        self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, keep_cached: bool = True
+    def _cut_short(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None
     ) -> SequenceUpdate:
-        """Forget a sequence, free its blocks and return its last update."""
+        """End a sequence that no result has ended, and return its last update."""
+        self._remove(sequence)
+        return SequenceUpdate(
+            sequence.request_id,
+            num_cached_tokens=sequence.num_cached_tokens,
+            finish_reason=reason,
+            error=error,
+        )
+
+    def _remove(self, sequence: Sequence, *, keep_cached: bool = True) -> None:
+        """Forget a sequence and free its blocks."""
         del self._sequences[sequence.seq_id]
         del self._requests[sequence.request_id]
         if sequence.is_running:
@@ -384,9 +375,3 @@ class Scheduler:
             self._finished.append(sequence.seq_id)
         else:
             self._waiting.discard(sequence)
-        return SequenceUpdate(
-            sequence.request_id,
-            num_cached_tokens=sequence.num_cached_tokens,
-            finish_reason=reason,
-            error=error,
-        )

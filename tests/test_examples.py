@@ -38,6 +38,13 @@ def test_chat(smollm2_gguf: Path) -> None:
     assert int(re.search(r"\((\d+) of \d+ prompt tokens came from the cache\)", text)[1]) > 0
 
 
+def test_batch(smollm2_gguf: Path) -> None:
+    *answers, last = run(["examples/batch.py", str(smollm2_gguf)]).strip().splitlines()
+    assert sorted(a.split(" -> ")[0] for a in answers) == ["Egypt", "France", "Japan"]
+    assert "Paris" in next(a for a in answers if a.startswith("France"))
+    assert last.startswith("3 requests, ")
+
+
 def readme_blocks() -> list[str]:
     readme = ROOT / "README.md"
     return re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else []

@@ -9,9 +9,9 @@ import pytest
 import halimede
 
 PUBLIC = """
-    LLM CompletionOutput ConfigError EngineConfig EngineDeadError HalimedeError Logprob ModelLoadError
-    RequestError RequestOutput RequestOutputKind SamplingParams TextPrompt TokensPrompt UnsupportedModelError
-    UnsupportedQuantizationError __version__
+    LLM CompletionOutput ConfigError EngineConfig EngineDeadError GenerateRequest HalimedeError Logprob
+    ModelLoadError RequestError RequestOutput RequestOutputKind SamplingParams TextPrompt TokensPrompt
+    UnsupportedModelError UnsupportedQuantizationError __version__
 """
 
 

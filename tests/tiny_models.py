@@ -37,7 +37,32 @@ _YARN_ROPE = {
 }
 _WINDOW_FROM_LAYER_1 = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
+_GEMMA3 = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+_GEMMA3_DEFAULTS = {"num_hidden_layers": 6, "sliding_window": 8, "tie_word_embeddings": True}
+_VISION_MODULES = ("model.vision_tower.", "model.multi_modal_projector.")
+_TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gemma3": ("Gemma3ForCausalLM", _GEMMA3),
+    "gemma3-defaults": ("Gemma3ForCausalLM", _GEMMA3_DEFAULTS),
+    "gemma3-vision": ("Gemma3ForConditionalGeneration", _GEMMA3),
     "llama": ("LlamaForCausalLM", {}),
     "llama-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     "llama-bias": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
@@ -86,8 +111,9 @@ def write_tiny_checkpoint(
     """Write a seeded checkpoint to `directory` (made if need be) and return it.
 
     Two layers, hidden 64, 4 heads of 16, 2 kv heads, vocabulary 512; `overrides` are fields of the
-    architecture's transformers config. Weights are large enough that greedy tokens vary, norms are not one,
-    biases not zero. tokenizer=True adds a byte-level BPE tokenizer of that vocabulary and a chat template.
+    architecture's transformers config (of the text part, if it has others). Weights are large enough that
+    greedy tokens vary, norms are not one, biases not zero. tokenizer=True adds a byte-level BPE tokenizer of
+    that vocabulary and a chat template.
     """
     import transformers
 
@@ -104,15 +130,14 @@ def write_tiny_checkpoint(
         "eos_token_id": EOS_TOKEN_ID,
         "tie_word_embeddings": False,
     }
-    config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
-    config = config_class(**(fields | overrides))
+    config = _transformers_config(architecture, fields | overrides)
     config.architectures, config.dtype = [architecture], dtype
     model = getattr(transformers, architecture)(config)
-    _fill(model, seed)
+    _fill(model, seed, norms_around=0.0 if architecture.startswith("Gemma") else 1.0)
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     transformers.GenerationConfig.from_model_config(config).save_pretrained(directory)
-    weights = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    weights = {_published(name): tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     _write_weights(directory, weights, shards, format)
@@ -121,13 +146,33 @@ def write_tiny_checkpoint(
     return directory
 
 
-def _fill(model: torch.nn.Module, seed: int) -> None:
+def _transformers_config(architecture: str, fields: dict[str, Any]) -> Any:
+    import transformers
+
+    if architecture == "Gemma3ForConditionalGeneration":
+        vision = transformers.SiglipVisionConfig(**_TINY_VISION)
+        text = transformers.Gemma3TextConfig(**fields)
+        return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    name = {"Gemma3ForCausalLM": "Gemma3TextConfig"}.get(
+        architecture, architecture.replace("ForCausalLM", "Config")
+    )
+    return getattr(transformers, name)(**fields)
+
+
+def _published(name: str) -> str:
+    """What checkpoints on the hub call a tensor that transformers 5 calls `name`."""
+    if name.startswith("model.language_model."):
+        return name.replace("model.language_model.", "language_model.model.")
+    return name.removeprefix("model.") if name.startswith(_VISION_MODULES) else name
+
+
+def _fill(model: torch.nn.Module, seed: int, norms_around: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+            if parameter.dim() == 1 or name.startswith(_VISION_MODULES):
+                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else norms_around))
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name else 2.0 * parameter.shape[1] ** -0.5))
 

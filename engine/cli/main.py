@@ -2,24 +2,47 @@
 
 import logging
 import sys
+import traceback
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from halimede import __version__
+from halimede.engine.cli.batch import batch
+from halimede.engine.cli.bench import app as bench
+from halimede.engine.cli.chat import chat
+from halimede.engine.cli.doctor import doctor
 from halimede.engine.cli.generate import generate
-from halimede.engine.cli.options import with_options
+from halimede.engine.cli.models import models
+from halimede.engine.cli.options import with_engine_options, with_options
 from halimede.errors import HalimedeError
+
+# \b: the lines stay as they are.
+_EPILOG = """\b
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
+3 some of several requests failed."""
 
 app = typer.Typer(
     name="halimede",
     help="Serve large language models with kernels that are all Triton.",
+    epilog=_EPILOG,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's tables cut long option names off in a narrow terminal
 )
+app.command("chat", no_args_is_help=True)(with_options(chat))
 app.command("generate", no_args_is_help=True)(with_options(generate))
+app.command("batch", no_args_is_help=True, short_help="Run a file of requests, offline.")(
+    with_engine_options(batch)
+)
+app.add_typer(bench, name="bench")
+app.command("models")(models)
+app.command("doctor")(doctor)
+
+# Options of the whole program that people write after the command, too.
+_ANYWHERE = ("--debug", "--verbose", "-v")
 
 
 def _print_version(wanted: bool) -> None:
@@ -33,21 +56,46 @@ def _global_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the engine does.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what the engine does (also after the command).")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors (also after the command).")
+    ] = False,
 ) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("halimede").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def main() -> None:
-    """Run a command. Exit status: 0 done, 1 the command failed, 2 wrong usage, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; `arguments` are the process's if not given. Ends by SystemExit with the exit status."""
+    general, rest = _split_general(sys.argv[1:] if arguments is None else arguments)
     try:
-        app()
-    except HalimedeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        app([*general, *rest])  # handles wrong usage, Ctrl-C and a closed standard output itself
+    except Exception as error:
+        if "--debug" in general:
+            traceback.print_exc()
+        print(_describe(error), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def _split_general(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of _ANYWHERE that stand before a --, and all other arguments."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    general = [option for option in _ANYWHERE if option in arguments[:end]]
+    rest = [argument for argument in arguments[:end] if argument not in _ANYWHERE]
+    return general, [*rest, *arguments[end:]]
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, HalimedeError):
+        return f"error: {error}"
+    if isinstance(error, OSError):  # a full disk, a file that may not be read: not a bug
+        return f"error: {error}; run again with --debug to see where this was"
+    return (
+        f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback and "
+        "please report it"
+    )
 
 
 if __name__ == "__main__":

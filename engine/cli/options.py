@@ -1,17 +1,24 @@
-"""Command-line options made from the fields of EngineConfig and SamplingParams, so none is listed twice."""
+"""Command-line options made from the fields of EngineConfig and SamplingParams, so none is listed twice.
+
+A command asks for them with `with_engine_options` or `with_options` and takes its model as `ModelArgument`.
+"""
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from halimede.engine.cli.completion import complete_model
 from halimede.engine.config import EngineConfig
 from halimede.scheduler.sampling_params import SamplingParams
 
 _NOT_OPTIONS = ("model", "skip_tokenizer_init")  # an argument; a command line is about text
-_ENGINE = {f.name: f for f in dataclasses.fields(EngineConfig) if f.name not in _NOT_OPTIONS}
+_FIELDS = {f.name: f for f in dataclasses.fields(EngineConfig)}
+_ENGINE = {name: field for name, field in _FIELDS.items() if name not in _NOT_OPTIONS}
+_ENGINE_PANEL = "Engine"
 
 # Sampling fields that make sense for one prompt at a terminal: flag and help.
 _SAMPLING = {
@@ -29,33 +36,66 @@ _SAMPLING = {
 }
 _SAMPLING_PANEL = "Sampling (default: what the model recommends)"
 
+ModelArgument = Annotated[
+    str, typer.Argument(help=_FIELDS["model"].metadata["help"], autocompletion=complete_model)
+]
+"""Annotation of a command's model argument."""
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each setting of the engine.
+
+    It receives those that differ from the defaults as the dict `engine`: keywords of LLM and EngineConfig.
+    """
+    return _with_generated(command, _engine_options(), engine=_pop_engine)
+
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each engine setting and for the usual sampling parameters.
+    """with_engine_options, and an option for each of the usual sampling parameters.
 
-    It receives those that were set as the dicts `engine` and `sampling`.
+    It receives those that were set as the dict `sampling`: keywords of SamplingParams.
     """
-    generated = [*_sampling_options(), *_engine_options()]
-    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("engine", "sampling")]
+    options = [*_sampling_options(), *_engine_options()]
+    return _with_generated(command, options, engine=_pop_engine, sampling=_pop_sampling)
+
+
+def _with_generated(
+    command: Callable[..., None],
+    options: list[inspect.Parameter],
+    **collect: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Callable[..., None]:
+    """`command` with `options` in its signature; what they say is collected into keywords of its own."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in collect]
 
     def run(**values: Any) -> None:
-        engine = {n: v for n, f in _ENGINE.items() if (v := values.pop(n)) != f.default}
-        sampling = {n: v for n in _SAMPLING if (v := values.pop(f"sampling_{n}")) is not None}
-        command(**values, engine=engine, sampling=sampling)
+        collected = {name: pop(values) for name, pop in collect.items()}
+        command(**values, **collected)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature([*own, *generated])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
     return run
+
+
+def _pop_engine(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: v for name, field in _ENGINE.items() if (v := values.pop(name)) != field.default}
+
+
+def _pop_sampling(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: v for name in _SAMPLING if (v := values.pop(f"sampling_{name}")) is not None}
 
 
 def _engine_options() -> list[inspect.Parameter]:
     hints = get_type_hints(EngineConfig)
     options = []
     for name, field in _ENGINE.items():
-        flag = name.replace("_", "-")
-        flags = f"--{flag}/--no-{flag}" if hints[name] is bool else f"--{flag}"
-        option = typer.Option(flags, help=field.metadata["help"], rich_help_panel="Engine")
-        options.append(_parameter(name, _plain(hints[name]), option, field.default))
+        hint, flag = hints[name], name.replace("_", "-")
+        special: dict[str, Any] = {}
+        flags = f"--{flag}/--no-{flag}" if hint is bool else f"--{flag}"
+        if _is_mapping(hint):
+            hint, special = str | None, {"parser": _parse_json_object, "metavar": "JSON"}
+        text = field.metadata["help"]
+        option = typer.Option(flags, help=text, rich_help_panel=_ENGINE_PANEL, **special)
+        options.append(_parameter(name, hint, option, field.default))
     return options
 
 
@@ -74,10 +114,21 @@ def _parameter(name: str, hint: Any, option: Any, default: Any) -> inspect.Param
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _plain(hint: Any) -> Any:
-    """A type that typer knows: a Literal is a string here and is checked by EngineConfig itself."""
-    if get_origin(hint) is Literal:
-        return type(get_args(hint)[0])
-    if type(None) in get_args(hint):
-        return Union[tuple(_plain(a) if a is not type(None) else a for a in get_args(hint))]  # noqa: UP007
-    return hint
+def _is_mapping(hint: Any) -> bool:
+    """Whether a field takes a dict; on the command line that is JSON, whatever else the field may take."""
+    kinds = [get_origin(kind) or kind for kind in (hint, *get_args(hint))]
+    return any(isinstance(kind, type) and issubclass(kind, Mapping) for kind in kinds)
+
+
+def _parse_json_object(text: str) -> dict[str, Any]:
+    """A usage error, to which the flag's name is added, for anything but a JSON object."""
+    example = "'{\"rope_theta\": 10000}'"
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not valid JSON ({error}); give an object such as {example}"
+        ) from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text!r} is JSON but not an object; give one such as {example}")
+    return value

@@ -40,22 +40,34 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def resolve_dtype(name: DType, checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The data type that `name` means; ConfigError if the device lacks it.
+def resolve_dtype(
+    name: DType, checkpoint: torch.dtype | None, device: torch.device, *, no_float16_for: str | None = None
+) -> torch.dtype:
+    """The data type that `name` means; ConfigError if the device lacks it or the model overflows in it.
+
+    no_float16_for: the architecture, if its activations pass float16's largest number.
 
     "auto" on a GPU is the checkpoint's type, where that is float32 or unknown (a GGUF) bfloat16: float32
     would cost twice the memory and most of the speed. Unlike vLLM, which takes float16 there, because
-    bfloat16 has float32's range and cannot overflow. A GPU without bfloat16 gets float16.
+    bfloat16 has float32's range and cannot overflow. A GPU without bfloat16 gets float16, and float32 where
+    the model overflows in that.
     "auto" on a CPU is bfloat16 if the checkpoint is 16-bit and the CPU computes in bfloat16, else float32.
     """
     has_bfloat16 = _gpu_has_bfloat16(device) if device.type == "cuda" else cpu_has_bfloat16()
     if name != "auto":
         if device.type == "cuda" and name == "bfloat16" and not has_bfloat16:
             raise ConfigError(f"dtype='bfloat16': {device} does not compute in it; use float16 or float32")
+        if name == "float16" and no_float16_for is not None:
+            raise ConfigError(
+                f"dtype='float16': the activations of {no_float16_for} pass 65504, the largest number of "
+                "float16; use bfloat16, float32 or auto"
+            )
         return _DTYPES[name]
     sixteen_bit = checkpoint in (torch.bfloat16, torch.float16)
     if device.type == "cpu":
         return torch.bfloat16 if sixteen_bit and has_bfloat16 else torch.float32
+    if no_float16_for is not None:
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     if checkpoint == torch.float16:
         return torch.float16
     if not has_bfloat16:

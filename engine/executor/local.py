@@ -9,6 +9,7 @@ import torch
 
 from halimede.engine.config import EngineConfig
 from halimede.engine.executor.device import resolve_device, resolve_dtype
+from halimede.engine.loader.dummy import fill_with_random_weights
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.weights import load_weights, open_weights
 from halimede.engine.models.base import CausalLM
@@ -37,7 +38,8 @@ class LocalExecutor:
 
     def __init__(self, config: EngineConfig, files: ModelFiles, model_config: ModelConfig) -> None:
         self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, model_config.dtype, self.device)
+        overflows = None if model_config.supports_float16 else model_config.architecture
+        self.dtype = resolve_dtype(config.dtype, model_config.dtype, self.device, no_float16_for=overflows)
         longest = check_max_model_len(config, model_config)
         model = _load(files, model_config, self.device, self.dtype, longest)
         spec = KVCacheSpec.from_model(model_config, dtype=self.dtype, block_size=config.block_size)
@@ -83,8 +85,11 @@ def _load(
 ) -> CausalLM:
     start = time.monotonic()
     model = build_model(config)
-    with open_weights(files) as source:
-        load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
+    if files.format == "dummy":
+        fill_with_random_weights(model, device=device, dtype=dtype)
+    else:
+        with open_weights(files) as source:
+            load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
     model.prepare(device, dtype, max_model_len)
     logger.info(
         "loaded %s (%s) in %s on %s in %.1f s",

@@ -8,12 +8,21 @@ from halimede.engine.layers.linear import empty_parameter
 
 
 class Embedding(nn.Module):
-    """A table of one vector per token of the vocabulary; weight [V, hidden]."""
+    """A table of one vector per token of the vocabulary; weight [V, hidden].
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    scale: what the vectors are multiplied by, after it is rounded to their dtype (as Hugging Face's Gemma
+    does: trained with sqrt(3072) = 55.5 in bfloat16, not 55.43). The weight itself may be tied to the
+    projection to the vocabulary, which is not scaled.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = empty_parameter(vocab_size, hidden_size)
+        self.scale = scale
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(T) int64 -> (T, hidden)."""
-        return F.embedding(input_ids, self.weight)
+        vectors = F.embedding(input_ids, self.weight)
+        if self.scale == 1.0:
+            return vectors
+        return vectors.mul_(torch.tensor(self.scale, dtype=vectors.dtype, device="cpu").item())

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halimede.kernels.matmul import CpuWeight, matmul, pack_weight
+
 
 def empty_parameter(*shape: int) -> nn.Parameter:
     """A parameter that the loader fills: never trained, and uninitialised until then."""
@@ -13,15 +15,26 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """One projection."""
+    """One projection. Call `prepare` once its weight is loaded."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.weight = empty_parameter(out_features, in_features)
         self.bias = empty_parameter(out_features) if bias else None
+        self._cpu_weight: CpuWeight | None = None
+
+    def prepare(self) -> None:
+        """On a CPU: lay the weight out as it is multiplied fastest; free the plain one if nothing reads it."""
+        if self.weight.device.type != "cpu":
+            return
+        self._cpu_weight = pack_weight(self.weight)
+        if self._cpu_weight is not None and self._cpu_weight.plain is None:
+            self.weight = empty_parameter(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K_in) -> (..., N_out)."""
+        if self._cpu_weight is not None:
+            return matmul(x, self._cpu_weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 

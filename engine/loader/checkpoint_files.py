@@ -6,11 +6,13 @@ Works on file names alone, so that the hub's listing and a local directory are j
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 
+from halimede.engine.config import LoadFormat
 from halimede.engine.loader.model_files import CheckpointFormat
 from halimede.errors import ModelLoadError
 
@@ -35,6 +37,16 @@ _NOT_WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)")
+_FORMATS: Mapping[LoadFormat, tuple[CheckpointFormat, ...]] = MappingProxyType(
+    {
+        "auto": ("safetensors", "torch_bin", "gguf"),
+        "hf": ("safetensors", "torch_bin"),
+        "safetensors": ("safetensors",),
+        "pt": ("torch_bin",),
+        "gguf": ("gguf",),
+        "dummy": ("gguf",),  # for its configuration
+    }
+)
 _PREFERRED_QUANTS = ("Q4_K_M", "Q8_0")
 
 
@@ -47,22 +59,34 @@ class WeightChoice:
     index: str | None = None
 
 
-def choose_weights(names: Collection[str], source: str, quant: str | None = None) -> WeightChoice:
+def choose_weights(
+    names: Collection[str], source: str, quant: str | None = None, load_format: LoadFormat = "auto"
+) -> WeightChoice:
     """Pick the weights among the file `names` (POSIX paths) of `source`, which is named in errors.
 
     Safetensors come before .bin and .pt, those before GGUF. Among several GGUFs `quant` picks by the name's
-    suffix or the whole name; without it Q4_K_M is taken, else Q8_0, else the only one.
+    suffix or the whole name; without it Q4_K_M is taken, else Q8_0, else the only one. A `load_format` other
+    than auto leaves the other formats out of this; dummy takes none, where there is a config.json.
     Raises ModelLoadError when nothing fits, shards are absent or several GGUFs are there to choose from.
     """
+    if load_format == "dummy" and quant is None and "config.json" in names:
+        return WeightChoice("dummy")
+    formats = _FORMATS[load_format]
+    if quant is not None and "gguf" not in formats:
+        raise ModelLoadError(
+            f"{source}: ':{quant}' picks a GGUF, which load_format={load_format!r} rules out; leave one out"
+        )
     if quant is None:
-        choice = _choose_unquantized(names, source)
+        choice = _choose_unquantized(names, source, formats)
         if choice is not None:
             return choice
+    if "gguf" not in formats:
+        raise ModelLoadError(_nothing_found(names, source, load_format=load_format))
     ggufs = _group_shards(
         name for name in names if name.endswith(".gguf") and not _NOT_WEIGHTS.fullmatch(Path(name).name)
     )
     if not ggufs:
-        raise ModelLoadError(_nothing_found(names, source, quant))
+        raise ModelLoadError(_nothing_found(names, source, quant=quant, load_format=load_format))
     chosen = _choose_gguf(sorted(ggufs), source, quant)
     _check_numbers(ggufs[chosen], source)
     return WeightChoice("gguf", tuple(ggufs[chosen]))
@@ -95,12 +119,16 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def _choose_unquantized(names: Collection[str], source: str) -> WeightChoice | None:
-    formats: tuple[tuple[CheckpointFormat, str, tuple[str, ...]], ...] = (
+def _choose_unquantized(
+    names: Collection[str], source: str, formats: Collection[CheckpointFormat]
+) -> WeightChoice | None:
+    files: tuple[tuple[CheckpointFormat, str, tuple[str, ...]], ...] = (
         ("safetensors", "model.safetensors", (".safetensors",)),
         ("torch_bin", "pytorch_model.bin", (".bin", ".pt")),
     )
-    for format_, whole, suffixes in formats:
+    for format_, whole, suffixes in files:
+        if format_ not in formats:
+            continue
         if whole in names:
             return WeightChoice(format_, (whole,))
         if f"{whole}.index.json" in names:
@@ -169,7 +197,15 @@ def _has_quant(name: str, quant: str) -> bool:
     return stem == wanted or stem.endswith(tuple(separator + wanted for separator in "-._"))
 
 
-def _nothing_found(names: Collection[str], source: str, quant: str | None) -> str:
+def _nothing_found(
+    names: Collection[str], source: str, *, quant: str | None = None, load_format: LoadFormat = "auto"
+) -> str:
+    if load_format not in ("auto", "dummy"):
+        kinds = " or ".join(_FORMATS[load_format])
+        return (
+            f"{source} holds no weights that are {kinds}, as load_format={load_format!r} wants, only: "
+            f"{_listed(sorted(names))}; leave load_format out"
+        )
     if quant is not None:
         return f"{source} has no GGUF files for {quant!r} to choose from; leave ':{quant}' out"
     if any(Path(name).name.startswith("adapter_") for name in names):

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
 # GGUF's name -> Hugging Face's model_type and class. Mistral, Yi, SmolLM2 and more are "llama" in GGUF.
-_ARCHITECTURES = {
+GGUF_ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 
 # What a scalar of this name would change in the forward pass if it were anything else.
@@ -28,7 +29,14 @@ _NEUTRAL = {
     "residual_scale": 1.0,
     "embedding_scale": 1.0,
     "attention.clamp_kqv": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
 }
+
+# What a GGUF of Gemma 3 leaves to whoever runs it (transformers' Gemma3TextConfig and the published models).
+_GEMMA3_LOCAL_THETA, _GEMMA3_GLOBAL_THETA = 10000.0, 1000000.0
+_GEMMA3_PATTERN = 6
+_GEMMA3_27B_LAYERS = 62
 
 # Tokens that end a turn in a chat, for files that do not name theirs (the ones llama.cpp looks for).
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
@@ -50,7 +58,7 @@ def read_gguf_config(paths: Sequence[Path]) -> dict[str, Any]:
     arch = meta.need("general.architecture", str)
     _check_supported(meta, arch)
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    model_type, class_name = _ARCHITECTURES[arch]
+    model_type, class_name = GGUF_ARCHITECTURES[arch]
     # Not for Qwen: which of its layers have the window is nowhere in a GGUF, and no Qwen file has the key.
     sliding_window = meta.find("llama.attention.sliding_window", int)
     if sliding_window:
@@ -72,6 +80,8 @@ def read_gguf_config(paths: Sequence[Path]) -> dict[str, Any]:
     }
     if sliding_window:
         config["sliding_window"] = sliding_window
+    if arch == "gemma3":
+        config |= _gemma3(meta, config)
     _check_head_dim(meta, arch, config["head_dim"])
     return config
 
@@ -81,10 +91,10 @@ def _check_supported(meta: GgufFile, arch: str) -> None:
         raise UnsupportedModelError(
             f"{meta.path} holds a {meta.find('general.type', str)}, not a model; give the model's own GGUF"
         )
-    if arch not in _ARCHITECTURES:
+    if arch not in GGUF_ARCHITECTURES:
         raise UnsupportedModelError(
             f"{meta.path}: architecture {arch!r} is not supported in GGUF; "
-            f"supported: {', '.join(_ARCHITECTURES)}"
+            f"supported: {', '.join(GGUF_ARCHITECTURES)}"
         )
     for name, neutral in _NEUTRAL.items():
         value = meta.find(f"{arch}.{name}", float)
@@ -127,7 +137,9 @@ def _check_head_dim(meta: GgufFile, arch: str, head_dim: int) -> None:
 
 def _rope_parameters(meta: GgufFile, arch: str, factors: "ReaderTensor | None") -> dict[str, Any]:
     theta = meta.find(f"{arch}.rope.freq_base", float)
-    result: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta, "rope_type": "default"}
+    if theta is None:
+        theta = _GEMMA3_GLOBAL_THETA if arch == "gemma3" else 10000.0
+    result: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
     scaling = f"{arch}.rope.scaling"
     kind = meta.find(f"{scaling}.type", str) or "linear"
     factor = meta.find(f"{scaling}.factor", float) or meta.find(f"{arch}.rope.scale_linear", float) or 1.0
@@ -164,6 +176,43 @@ def _yarn(meta: GgufFile, arch: str, factor: float) -> dict[str, Any]:
         # GGUF's factor comes on top of YaRN's own; Hugging Face's replaces it.
         result["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return result
+
+
+def _gemma3(meta: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that only Gemma 3 has; `config` has the others."""
+    window = meta.find("gemma3.attention.sliding_window", int)
+    local_theta = meta.find("gemma3.rope.freq_base_swa", float) or _GEMMA3_LOCAL_THETA
+    layers = config["num_hidden_layers"]
+    scalar = config["head_dim"]
+    if layers == _GEMMA3_27B_LAYERS:  # the one size whose attention is not scaled by its head
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": window or None,
+        "layer_types": [
+            "sliding_attention" if window and slides else "full_attention"
+            for slides in _gemma3_pattern(meta, layers)
+        ],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
+        },
+    }
+
+
+def _gemma3_pattern(meta: GgufFile, layers: int) -> list[bool]:
+    """Whether each layer has the window: listed in the file, or all but every n-th."""
+    key = "gemma3.attention.sliding_window_pattern"
+    if meta.is_array(key):
+        listed = meta.find_array(key, bool) or []
+        if len(listed) != layers:
+            raise ModelLoadError(
+                f"{meta.path}: {key} has {len(listed)} entries for {layers} layers; convert the model again"
+            )
+        return listed
+    period = meta.find(key, int) or _GEMMA3_PATTERN
+    return [bool((layer + 1) % period) for layer in range(layers)]
 
 
 def _vocab_size(meta: GgufFile, tensors: "dict[str, ReaderTensor]") -> int:

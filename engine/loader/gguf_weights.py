@@ -22,9 +22,13 @@ _OUTSIDE_LAYERS = ("model.embed_tokens", "model.norm", "lm_head")
 _IN_LAYER = (
     "input_layernorm",
     "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
     *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *(f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")),
 )
+# In some files of Gemma 3: the part that sees, and what joins it to the text.
+_VISION = ("v.", "mm.")
 # Not weights: the configuration carries them.
 _IN_CONFIG = ("rope_freqs.weight",)
 
@@ -50,9 +54,11 @@ class GgufWeights:
         self._tensors: dict[str, tuple[GgufFile, ReaderTensor]] = {}
         for file in files:
             for name, tensor in file.tensors.items():
-                if name not in _IN_CONFIG:
+                if name not in _IN_CONFIG and not (arch == "gemma3" and name.startswith(_VISION)):
                     self._tensors[hf_names.get(name, name)] = (file, tensor)
         self._permuted_heads = _permuted_heads(meta) if arch == "llama" else {}
+        # Norm weights have the one added that Hugging Face's Gemma adds when it runs.
+        self._norms_plus_one = arch == "gemma3"
 
     def names(self) -> Collection[str]:
         """Hugging Face names of all weights."""
@@ -64,6 +70,22 @@ class GgufWeights:
 
     def get(self, name: str) -> torch.Tensor:
         """Weight `name` on the CPU, as Hugging Face lays it out."""
+        weight = self._read(name)
+        return weight.float() - 1 if self._norms_plus_one and name.endswith("norm.weight") else weight
+
+    def close(self) -> None:
+        """Let go of the files; tensors handed out as views keep theirs mapped."""
+        self._tensors = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, name: str) -> torch.Tensor:
         file, tensor = self._find(name)
         data: np.ndarray[Any, Any] = tensor.data
         heads = self._permuted_heads.get(name.rsplit(".", 2)[-2]) if name.count(".") >= 2 else None
@@ -82,18 +104,6 @@ class GgufWeights:
                 f"{file.path}: tensor {tensor.name} is {kind}, which cannot be dequantized; "
                 "use a GGUF of another type, such as Q8_0 or Q4_K_M"
             ) from error
-
-    def close(self) -> None:
-        """Let go of the files; tensors handed out as views keep theirs mapped."""
-        self._tensors = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _find(self, name: str) -> "tuple[GgufFile, ReaderTensor]":
         if name not in self._tensors:

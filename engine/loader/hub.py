@@ -4,6 +4,7 @@ import glob
 import logging
 from pathlib import Path
 
+from halimede.engine.config import LoadFormat
 from halimede.engine.loader.checkpoint_files import (
     CHAT_TEMPLATE_FILES,
     TOKENIZER_FILES,
@@ -28,8 +29,8 @@ class HubRepository:
         self._token = token
         self._cache_dir = download_dir
 
-    def fetch(self, quant: str | None) -> tuple[Path, WeightChoice]:
-        """Download what is needed to run the model and is not in the cache yet.
+    def fetch(self, quant: str | None, load_format: LoadFormat = "auto") -> tuple[Path, WeightChoice]:
+        """Download what is needed to run the model and is not in the cache yet; quant as in choose_weights.
 
         Returns the directory of the snapshot and the weights in it, all by name. Raises ModelLoadError when
         the repository cannot be had (not found, no access, no network and not in the cache) or holds no
@@ -41,9 +42,9 @@ class HubRepository:
         try:
             info = api.model_info(self.name, revision=self._revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except _hub_errors() as error:
-            return self._from_cache(quant, error)
+            return self._from_cache(quant, load_format, error)
         names = [sibling.rfilename for sibling in info.siblings or ()]
-        choice = choose_weights(names, f"the repository {self.name}", quant)
+        choice = choose_weights(names, f"the repository {self.name}", quant, load_format)
         # A GGUF holds its configuration and its tokenizer.
         extra = () if choice.format == "gguf" else ("config.json", *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
         wanted = matching(names, ("generation_config.json", *extra))
@@ -69,7 +70,9 @@ class HubRepository:
             raise ModelLoadError(self._explain(error)) from error
         return Path(folder)
 
-    def _from_cache(self, quant: str | None, reason: Exception) -> tuple[Path, WeightChoice]:
+    def _from_cache(
+        self, quant: str | None, load_format: LoadFormat, reason: Exception
+    ) -> tuple[Path, WeightChoice]:
         """The snapshot in the cache, for when the hub gave `reason` instead of an answer."""
         from huggingface_hub import errors, snapshot_download
 
@@ -91,7 +94,7 @@ class HubRepository:
         _logger.log(level, "%s: using the snapshot in %s (%s)", self.name, folder, _short(reason))
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         try:
-            choice = choose_weights(names, str(folder), quant)
+            choice = choose_weights(names, str(folder), quant, load_format)
             if choice.index is not None:
                 choice = WeightChoice(choice.format, read_index(folder / choice.index, names))
         except ModelLoadError as error:

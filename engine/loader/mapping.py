@@ -94,6 +94,9 @@ def _renamed(names: Collection[str], expected: Collection[str]) -> dict[str, str
         # DataParallel and torch.compile wrap the model in a module that gives every name a prefix.
         lambda name: name.removeprefix("module."),
         lambda name: name.removeprefix("_orig_mod."),
+        # The text part of a model that also sees, as published and as transformers 5 has it in memory.
+        lambda name: name.removeprefix("language_model."),
+        lambda name: re.sub(r"^model\.language_model\.", "model.", name),
     )
     best = max(renamings, key=lambda rename: sum(rename(name) in expected for name in names))
     renamed: dict[str, str] = {}

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from halimede.engine.config import LoadFormat
 from halimede.engine.loader.checkpoint_files import (
     TOKENIZER_FILES,
     WeightChoice,
@@ -26,12 +27,14 @@ def resolve_model(
     revision: str | None = None,
     token: str | None = None,
     download_dir: str | None = None,
+    load_format: LoadFormat = "auto",
 ) -> ModelFiles:
     """Find, and from the hub download, the files of the model that `reference` names.
 
     A reference is a directory in the Hugging Face layout (or with GGUF files in it), the path of a .gguf
     file, or a repository on the hub, `owner/name`, where `owner/name:Q4_K_M` picks one of its GGUF files.
     What exists here goes before the hub. `revision`, `token` and `download_dir` matter to the hub only.
+    load_format: which files count as weights; for "dummy" they need not be there and are not downloaded.
 
     Raises ModelLoadError when the model cannot be found, had or understood.
     """
@@ -41,14 +44,18 @@ def resolve_model(
     except (OSError, RuntimeError) as error:  # a name that is too long, a home directory that is unknown
         raise ModelLoadError(f"{reference!r} cannot be looked up ({error}); check the path") from error
     if is_dir:
-        return _from_directory(reference, path)
+        return _from_directory(reference, path, load_format)
     if is_file:
         if path.suffix != ".gguf":
             raise ModelLoadError(
                 f"{reference} is a file but not a .gguf; give the directory that it lies in, with its "
                 "config.json"
             )
-        return _from_gguf(reference, path)
+        if load_format not in ("auto", "gguf", "dummy"):
+            raise ModelLoadError(
+                f"{reference} is a GGUF, which load_format={load_format!r} rules out; leave load_format out"
+            )
+        return _from_gguf(reference, path, load_format)
     if _looks_like_path(reference):
         raise ModelLoadError(
             f"{reference} does not exist (looked in {Path.cwd()}); check the path, or give a Hugging Face id "
@@ -61,8 +68,8 @@ def resolve_model(
             "owner/name:Q4_K_M; check the spelling"
         )
     repository = HubRepository(match["name"], revision=revision, token=token, download_dir=download_dir)
-    folder, choice = repository.fetch(match["quant"])
-    return _assemble(reference, folder, choice)
+    folder, choice = repository.fetch(match["quant"], load_format)
+    return _assemble(reference, folder, choice, load_format)
 
 
 def _looks_like_path(reference: str) -> bool:
@@ -71,20 +78,20 @@ def _looks_like_path(reference: str) -> bool:
     return reference.endswith(".gguf") and ":" not in reference  # owner/name:file.gguf is the hub's
 
 
-def _from_directory(reference: str, folder: Path) -> ModelFiles:
+def _from_directory(reference: str, folder: Path, load_format: LoadFormat) -> ModelFiles:
     try:
         names = [path.name for path in folder.iterdir() if path.is_file()]
     except OSError as error:
         raise ModelLoadError(f"{folder} cannot be listed ({error}); check its rights") from error
-    choice = choose_weights(names, str(folder))
+    choice = choose_weights(names, str(folder), load_format=load_format)
     if choice.index is not None:
         choice = WeightChoice(choice.format, read_index(folder / choice.index, names))
-    return _assemble(reference, folder, choice)
+    return _assemble(reference, folder, choice, load_format)
 
 
-def _assemble(reference: str, folder: Path, choice: WeightChoice) -> ModelFiles:
+def _assemble(reference: str, folder: Path, choice: WeightChoice, load_format: LoadFormat) -> ModelFiles:
     if choice.format == "gguf":
-        return _from_gguf(reference, folder / choice.names[0])
+        return _from_gguf(reference, folder / choice.names[0], load_format)
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ModelLoadError(
@@ -108,14 +115,14 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
-def _from_gguf(reference: str, path: Path) -> ModelFiles:
+def _from_gguf(reference: str, path: Path, load_format: LoadFormat) -> ModelFiles:
     from halimede.engine.loader.gguf import find_gguf_shards, read_gguf_config
 
     shards = find_gguf_shards(path)
     return ModelFiles(
         reference=reference,
-        format="gguf",
-        weights=shards,
+        format="dummy" if load_format == "dummy" else "gguf",
+        weights=() if load_format == "dummy" else shards,
         config=read_gguf_config(shards),
         config_source=str(path),
         generation_config=_read_generation_config(path.parent),

@@ -6,7 +6,8 @@ header, and a file overwritten in place would change the weights of a running en
 """
 
 import math
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -62,10 +63,11 @@ def load_weights(
 ) -> None:
     """Replace every parameter of `model` by the checkpoint's, on `device` and in `dtype`.
 
-    The model is built on the meta device. Two optional attributes of it are read: `packed_modules` names the
-    modules that one fused module is made of (the fused module's `output_sizes` has the rows of each), and
-    `ignored_weights` holds regular expressions of tensors to leave out. Memory: the parameters and one
-    tensor.
+    The model is built on the meta device. Optional attributes of it are read: `packed_modules` names the
+    modules that one fused module is made of (the fused module's `output_sizes` has the rows of each),
+    `ignored_weights` holds regular expressions of tensors to leave out, `float32_weights` of parameters that
+    stay in float32, and `convert_weight` makes of a tensor what its parameter holds. Memory: the parameters
+    and one tensor.
 
     Raises ModelLoadError, before anything is read, when a tensor is missing or nothing takes it, and while
     reading when one has the wrong shape; UnsupportedQuantizationError when one is not of a floating type.
@@ -73,6 +75,7 @@ def load_weights(
     plan = plan_loading(model, source.names())
     _check_complete(model, plan, source)
     parameters = dict(model.named_parameters())
+    convert: Callable[[str, torch.Tensor], torch.Tensor] = getattr(model, "convert_weight", _as_it_is)
     filled: dict[str, torch.Tensor] = {}
     try:
         for name, part in tqdm(
@@ -82,21 +85,39 @@ def load_weights(
             _check_tensor(tensor, name, part, source)
             shape = parameters[part.parameter].shape
             if part.parameter not in filled:
-                filled[part.parameter] = torch.empty(shape, dtype=dtype, device=device)
+                own = parameter_dtype(model, part.parameter, dtype)
+                filled[part.parameter] = torch.empty(shape, dtype=own, device=device)
             target = filled[part.parameter]
             if part.shape != tuple(shape):
                 target = target.narrow(0, part.start, part.shape[0])
-            target.copy_(tensor)
+            target.copy_(convert(part.parameter, tensor))
     except torch.OutOfMemoryError as error:
-        needed = sum(math.prod(parameter.shape) for parameter in parameters.values()) * dtype.itemsize
-        raise ModelLoadError(
-            f"the weights need {needed / _GIB:.2f} GiB in {dtype}, more than {device} has free; free its "
-            "memory, or take a smaller model or a device with more memory"
-        ) from error
-    _assign(model, filled)
+        raise out_of_memory(parameters, dtype, device) from error
+    assign_parameters(model, filled)
 
 
-def _assign(model: nn.Module, filled: dict[str, torch.Tensor]) -> None:
+def _as_it_is(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def parameter_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type that parameter `name` has in a model of `dtype`: float32 where the model says so."""
+    patterns: Sequence[str] = getattr(model, "float32_weights", ())
+    return torch.float32 if any(re.search(pattern, name) for pattern in patterns) else dtype
+
+
+def out_of_memory(
+    parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, device: torch.device
+) -> ModelLoadError:
+    """The error for parameters that do not fit."""
+    needed = sum(math.prod(parameter.shape) for parameter in parameters.values()) * dtype.itemsize
+    return ModelLoadError(
+        f"the weights need {needed / _GIB:.2f} GiB in {dtype}, more than {device} has free; free its "
+        "memory, or take a smaller model or a device with more memory"
+    )
+
+
+def assign_parameters(model: nn.Module, filled: Mapping[str, torch.Tensor]) -> None:
     """Put the tensors in the place of the model's parameters; tied ones stay tied."""
     made = {
         id(parameter): nn.Parameter(filled[name], requires_grad=False)

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from halimede.engine.layers.attention import SelfAttention
@@ -13,11 +12,13 @@ from halimede.engine.layers.embedding import Embedding
 from halimede.engine.layers.linear import Linear
 from halimede.engine.layers.mlp import GatedMLP
 from halimede.engine.layers.norm import RMSNorm
-from halimede.engine.layers.rotary import CosSin, RotaryEmbedding
+from halimede.engine.layers.rotary import RotaryEmbedding
 from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
 from halimede.kernels.attention_plan import AttentionPlan, plan_attention
+from halimede.kernels.kv_cache import cache_rows
+from halimede.kernels.rotary import RotaryFactors, rotary_factors
 
 
 class DecoderLayer(nn.Module):
@@ -33,8 +34,14 @@ class DecoderLayer(nn.Module):
             bias=config.attention_bias,
             output_bias=config.attention_output_bias,
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            scale=config.attention_scale,
         )
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.mlp_bias,
+            activation=config.hidden_act,
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -42,9 +49,9 @@ class DecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor | None,
         residual: torch.Tensor,
-        rope: CosSin,
+        rope: RotaryFactors,
         kv_cache: KVCache,
-        slot_mapping: torch.Tensor,
+        kv_rows: torch.Tensor,
         plan: AttentionPlan,
     ) -> torch.Tensor:
         """One layer; `residual` (T, hidden) is updated in place.
@@ -54,7 +61,7 @@ class DecoderLayer(nn.Module):
         """
         norm = self.input_layernorm
         hidden_states = norm(residual) if hidden_states is None else norm.add(hidden_states, residual)
-        hidden_states = self.self_attn(hidden_states, rope, kv_cache, slot_mapping, plan)
+        hidden_states = self.self_attn(hidden_states, rope, kv_cache, kv_rows, plan)
         hidden_states = self.post_attention_layernorm.add(hidden_states, residual)
         output: torch.Tensor = self.mlp(hidden_states)
         return output
@@ -63,26 +70,37 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm: token ids to hidden states."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer_class: type[DecoderLayer] = DecoderLayer) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.embedding_scale)
+        self.layers = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope)
+        self.rotary_emb_local = None if config.local_rope is None else RotaryEmbedding(config.local_rope)
+
+    def prepare(self, device: torch.device, max_model_len: int) -> None:
+        """Build the tables of the rotary embeddings for positions < max_model_len."""
+        for rotary_emb in (self.rotary_emb, self.rotary_emb_local):
+            if rotary_emb is not None:
+                rotary_emb.prepare(device, max_model_len)
 
     def forward(self, model_input: ModelInput, kv_caches: Sequence[KVCache]) -> torch.Tensor:
         """One step: (T) tokens to (T, hidden). kv_caches: one per layer, read and written."""
         residual: torch.Tensor = self.embed_tokens(model_input.input_ids)
         if residual.shape[0] == 0:
             return residual
-        rope = self.rotary_emb(model_input.positions)
+        rope = local_rope = rotary_factors(*self.rotary_emb(model_input.positions))
+        if self.rotary_emb_local is not None:
+            local_rope = rotary_factors(*self.rotary_emb_local(model_input.positions))
         windows = self.config.sliding_windows
         plans = {window: _plan(model_input.attn, kv_caches[0], window) for window in set(windows)}
-        slot_mapping = model_input.attn.slot_mapping
+        num_kv_heads, block_size = kv_caches[0][0].shape[1:3]
+        kv_rows = cache_rows(model_input.attn.slot_mapping[:, None], num_kv_heads, block_size).flatten()
         hidden_states: torch.Tensor | None = None
         for layer, kv_cache, window in zip(self.layers, kv_caches, windows, strict=True):
-            hidden_states = layer(hidden_states, residual, rope, kv_cache, slot_mapping, plans[window])
+            turn = rope if window is None else local_rope
+            hidden_states = layer(hidden_states, residual, turn, kv_cache, kv_rows, plans[window])
         assert hidden_states is not None
         return self.norm.add(hidden_states, residual)
 
@@ -98,6 +116,7 @@ class CausalLM(nn.Module):
     """A language model: Decoder and the projection to the vocabulary. Parameters have Hugging Face's names.
 
     packed_modules: a fused module to the checkpoint's modules whose rows it joins, in order.
+    layer_class: what the decoder is a stack of. supports_float16: False where activations pass 65504.
     config: what it was built from.
 
     To use one: build_model (parameters on the meta device), load_weights, prepare, then forward.
@@ -106,14 +125,21 @@ class CausalLM(nn.Module):
     packed_modules: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     )
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    supports_float16: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.model = Decoder(config, self.layer_class)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def normalize_config(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config.json in the form of a plain text model's, with this architecture's own defaults."""
+        return config
 
     @classmethod
     def read_options(cls, fields: ConfigFields) -> ArchitectureOptions:
@@ -123,12 +149,26 @@ class CausalLM(nn.Module):
     @property
     def ignored_weights(self) -> tuple[str, ...]:
         """Regular expressions of checkpoint tensors that are rightly not loaded."""
-        frequencies = r"rotary_emb\.inv_freq$"  # old checkpoints stored what the config already says
-        return (frequencies, r"^lm_head\.weight$") if self.lm_head is None else (frequencies,)
+        return (r"rotary_emb\.inv_freq$",)  # old checkpoints stored what the config already says
+
+    @property
+    def float32_weights(self) -> tuple[str, ...]:
+        """Regular expressions of parameters that stay in float32, whatever the model's dtype."""
+        return ()
+
+    def convert_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What parameter `name` (or its part) is filled with, from the checkpoint's tensor."""
+        return tensor
 
     def prepare(self, device: torch.device, dtype: torch.dtype, max_model_len: int) -> None:
-        """Build what is computed, not loaded: tables for positions < max_model_len. Call after loading."""
-        self.model.rotary_emb.prepare(device, max_model_len)
+        """Build what is computed, not loaded: tables for positions < max_model_len, the layouts of weights.
+
+        Call after loading.
+        """
+        self.model.prepare(device, max_model_len)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare()
 
     def forward(self, model_input: ModelInput, kv_caches: Sequence[KVCache]) -> torch.Tensor:
         """One step: hidden states (T, hidden) of its tokens; their keys and values go to kv_caches."""
@@ -137,5 +177,5 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(L, hidden) -> (L, V) float32."""
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden_states, weight).float()
+        logits: torch.Tensor = self.lm_head(hidden_states)
+        return logits.float()

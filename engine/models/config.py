@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from halimede.engine.layers.mlp import Activation
 from halimede.engine.layers.rope_config import RopeConfig
 from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.registry import SUPPORTED_ARCHITECTURES, model_class
@@ -13,7 +15,9 @@ from halimede.engine.models.rope_fields import read_rope
 from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ACTIVATIONS = ("silu", "swish")
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,11 @@ class ArchitectureOptions:
     mlp_bias: on gate_proj, up_proj, down_proj. qk_norm: RMSNorm over each head of q and k.
     sliding_windows: per layer, how many tokens a token sees, itself included; None is all of them. Empty: no
         layer has a window.
+    hidden_act: the activation as Hugging Face names it; None is the field hidden_act.
+    rope: the rotary embedding; None is what read_rope makes of the config. local_rope: that of the layers
+        with a window, None if it is the same.
+    attention_scale: what q k^T is multiplied by; None is head_dim^-0.5.
+    embedding_scale: what the token embedding is multiplied by.
     """
 
     attention_bias: bool = False
@@ -31,13 +40,19 @@ class ArchitectureOptions:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
+    hidden_act: str | None = None
+    rope: RopeConfig | None = None
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's shape and options. The options are those of ArchitectureOptions.
 
-    sliding_windows has one entry per layer. dtype: the checkpoint's, None when it does not say.
+    sliding_windows has one entry per layer. supports_float16: False where activations pass 65504.
+    dtype: the checkpoint's, None when it does not say.
     bos_token_ids, eos_token_ids: empty when the config names none.
     """
 
@@ -50,8 +65,9 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    hidden_act: str
+    hidden_act: Activation
     rope: RopeConfig
+    local_rope: RopeConfig | None
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
@@ -59,6 +75,9 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
+    attention_scale: float
+    embedding_scale: float
+    supports_float16: bool
     bos_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype | None
@@ -70,8 +89,9 @@ class ModelConfig:
         Raises ModelLoadError for a field that is missing or wrong, UnsupportedModelError for the
         architecture, rope type or activation, UnsupportedQuantizationError for a quantized checkpoint.
         """
-        fields = ConfigFields(config, source)
-        architecture = _read_architecture(fields)
+        architecture = _read_architecture(ConfigFields(config, source))
+        family = model_class(architecture)
+        fields = ConfigFields(family.normalize_config(config), source)
         _refuse_quantization(fields)
         heads = fields.integer("num_attention_heads")
         kv_heads = fields.integer("num_key_value_heads", heads)
@@ -83,7 +103,7 @@ class ModelConfig:
         if not fields.has("head_dim") and hidden_size % heads:
             raise fields.wrong("hidden_size", hidden_size, f"a multiple of num_attention_heads={heads}")
         head_dim = fields.integer("head_dim", max(1, hidden_size // heads))
-        options = model_class(architecture).read_options(fields)
+        options = family.read_options(fields)
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -94,8 +114,9 @@ class ModelConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps"),
-            hidden_act=_read_activation(fields),
-            rope=read_rope(fields, head_dim),
+            hidden_act=_read_activation(fields, options.hidden_act),
+            rope=options.rope or read_rope(fields, head_dim),
+            local_rope=options.local_rope,
             max_position_embeddings=fields.integer("max_position_embeddings"),
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             attention_bias=options.attention_bias,
@@ -103,6 +124,9 @@ class ModelConfig:
             mlp_bias=options.mlp_bias,
             qk_norm=options.qk_norm,
             sliding_windows=options.sliding_windows or (None,) * num_layers,
+            attention_scale=options.attention_scale or head_dim**-0.5,
+            embedding_scale=options.embedding_scale,
+            supports_float16=family.supports_float16,
             bos_token_ids=fields.token_ids("bos_token_id"),
             eos_token_ids=fields.token_ids("eos_token_id"),
             dtype=_read_dtype(fields),
@@ -134,13 +158,13 @@ def _refuse_quantization(fields: ConfigFields) -> None:
             )
 
 
-def _read_activation(fields: ConfigFields) -> str:
-    name = fields.text("hidden_act", "silu")
+def _read_activation(fields: ConfigFields, name: str | None) -> Activation:
+    name = name or fields.text("hidden_act", "silu")
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"{fields.source}: hidden_act={name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )
-    return name
+    return _ACTIVATIONS[name]
 
 
 def _read_dtype(fields: ConfigFields) -> torch.dtype | None:

@@ -10,8 +10,6 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import torch
-
 from halimede.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
 
 SUPPORTED_ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
+        "Gemma3ForCausalLM": "halimede.engine.models.gemma3:Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration": "halimede.engine.models.gemma3:Gemma3ForConditionalGeneration",
         "LlamaForCausalLM": "halimede.engine.models.llama:LlamaForCausalLM",
         "MistralForCausalLM": "halimede.engine.models.mistral:MistralForCausalLM",
         "Qwen2ForCausalLM": "halimede.engine.models.qwen2:Qwen2ForCausalLM",
@@ -47,5 +47,7 @@ def build_model(config: "ModelConfig") -> "CausalLM":
 
     Then: load_weights, then CausalLM.prepare.
     """
+    import torch  # not above: what is supported can be listed without it
+
     with torch.device("meta"):
         return model_class(config.architecture)(config)

@@ -18,8 +18,33 @@ def read_rope(fields: ConfigFields, head_dim: int) -> RopeConfig:
         fields.section("rope_scaling") or fields.section("rope_parameters") or ConfigFields({}, fields.source)
     )
     _refuse_rope_per_layer_type(rope)
+    return _read_rope(fields, rope, head_dim, fields.number("rope_theta", _DEFAULT_THETA))
+
+
+def read_ropes_by_layer_type(
+    fields: ConfigFields, head_dim: int, *, global_theta: float, local_theta: float
+) -> tuple[RopeConfig, RopeConfig]:
+    """The rotary embeddings of the layers that see everything and of those with a sliding window.
+
+    transformers 5 writes rope_parameters per layer type; before, rope_theta and rope_scaling were about the
+    first kind alone. The thetas are those of a config that has none.
+    """
+    by_type = fields.section("rope_parameters") or ConfigFields({}, fields.source)
+    if any(by_type.is_section(name) for name in by_type.names()):
+        full, sliding = by_type.section("full_attention"), by_type.section("sliding_attention")
+    else:
+        full, sliding = by_type, None
+    empty = ConfigFields({}, fields.source)
+    full = fields.section("rope_scaling") or full or empty
+    return (
+        _read_rope(fields, full, head_dim, fields.number("rope_theta", global_theta)),
+        _read_rope(fields, sliding or empty, head_dim, local_theta),
+    )
+
+
+def _read_rope(fields: ConfigFields, rope: ConfigFields, head_dim: int, default_theta: float) -> RopeConfig:
     rope_type = _read_type(rope)
-    theta = rope.number("rope_theta", fields.number("rope_theta", _DEFAULT_THETA))
+    theta = rope.number("rope_theta", default_theta)
     partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     rotary_dim = int(head_dim * partial)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:

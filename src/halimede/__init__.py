@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from halimede.engine.input_processor import TextPrompt, TokensPrompt
     from halimede.engine.llm import LLM
     from halimede.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from halimede.engine.request_window import GenerateRequest
     from halimede.errors import (
         ConfigError,
         EngineDeadError,
@@ -30,6 +31,7 @@ _HOMES = {
     "ConfigError": "halimede.errors",
     "EngineConfig": "halimede.engine.config",
     "EngineDeadError": "halimede.errors",
+    "GenerateRequest": "halimede.engine.request_window",
     "HalimedeError": "halimede.errors",
     "LLM": "halimede.engine.llm",
     "Logprob": "halimede.engine.outputs",
@@ -50,6 +52,7 @@ __all__ = [
     "ConfigError",
     "EngineConfig",
     "EngineDeadError",
+    "GenerateRequest",
     "HalimedeError",
     "Logprob",
     "ModelLoadError",

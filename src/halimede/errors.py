@@ -6,6 +6,7 @@
         UnsupportedModelError           the architecture or one of its options is not implemented
         UnsupportedQuantizationError    the checkpoint's quantization is not implemented
       KernelCacheError                  a kernel is missing from, or does not fit, the kernel cache
+      BatchError                        a batch's input or results file cannot be used
       RequestError                      one request cannot be served; the others go on
       EngineDeadError                   the engine failed and serves nothing any more
 
@@ -39,6 +40,10 @@ class UnsupportedQuantizationError(ModelLoadError):
 
 class KernelCacheError(HalimedeError):
     """A kernel is missing from the kernel cache, or the cache was built for something else."""
+
+
+class BatchError(HalimedeError):
+    """A batch's input or results file cannot be used: missing, of something else, in use, or full."""
 
 
 class RequestError(HalimedeError, ValueError):

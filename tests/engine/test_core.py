@@ -1,6 +1,7 @@
 """Input processor, core and output processor over an executor without a model: a whole engine in seconds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +13,7 @@ from halimede.engine.input_processor import InputLimits, InputProcessor, Prompt
 from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
 from halimede.engine.output_processor import OutputProcessor
 from halimede.engine.outputs import RequestOutput
+from halimede.engine.tokenizer import IncrementalDetokenizer
 from halimede.scheduler.config import SchedulerConfig
 from halimede.scheduler.scheduler import Scheduler
 
@@ -187,3 +189,24 @@ def test_updates_of_a_forgotten_request_are_ignored(engine: Engine) -> None:
     assert engine.core.abort(name) is not None
     assert engine.core.abort(name) is None
     assert not engine.core.has_unfinished
+
+
+def test_what_a_stream_shows_of_a_request_costs_nothing_for_its_length(engine: Engine) -> None:
+    name = engine.add({"prompt_token_ids": list(range(150))}, PLAIN.replace(output_kind=DELTA))
+    outputs = engine.run()[name]
+    assert len({id(output.prompt_token_ids) for output in outputs}) == 1
+    assert outputs[-1].prompt_token_ids == list(range(150))
+    assert all(len(output.outputs[0].token_ids) == 1 for output in outputs)
+
+
+def test_a_tokenizer_with_a_way_of_its_own_to_decode_keeps_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Loud(PreTrainedTokenizerFast):
+        def decode(self, *args: Any, **kwargs: Any) -> str:
+            return str(super().decode(*args, **kwargs)).upper()
+
+    ids = tokenizer.encode("the moon of Neptune")
+    loud = Loud(tokenizer_object=tokenizer.backend_tokenizer)
+    plain = IncrementalDetokenizer(tokenizer, [], skip_special_tokens=True)
+    assert "".join(map(plain.add, ids)) == "the moon of Neptune"
+    stream = IncrementalDetokenizer(loud, [], skip_special_tokens=True)
+    assert "".join(map(stream.add, ids)) == "THE MOON OF NEPTUNE"

@@ -34,6 +34,10 @@ def test_every_field_has_help() -> None:
         ({"seed": None}, ["seed", "int"]),
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "2", "use 1"]),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, ["64", "32", "lower"]),
+        ({"load_format": "npcache"}, ["load_format", "npcache", "safetensors", "dummy"]),
+        ({"hf_overrides": 5}, ["hf_overrides", "5", "dict", "Callable"]),
+        ({"hf_overrides": [1]}, ["hf_overrides", "[1]"]),
+        ({"hf_overrides": True}, ["hf_overrides", "True"]),
         ({"skip_tokenizer_init": True, "tokenizer": "t"}, ["tokenizer", "skip_tokenizer_init"]),
     ],
 )
@@ -58,7 +62,6 @@ def test_dtypes_as_vllms_scripts_spell_them(given: object, dtype: str) -> None:
 def test_vllms_options_that_mean_nothing_here(caplog: pytest.LogCaptureFixture) -> None:
     given = {
         "swap_space": 4,
-        "load_format": "auto",
         "pipeline_parallel_size": 1,
         "enable_prefix_caching": None,
     }

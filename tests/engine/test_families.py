@@ -48,7 +48,7 @@ def test_in_every_file_format(tmp_path: Path, format_: str, shards: int) -> None
     assert_tokens_of_transformers(str(path), path)
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["gemma3", "gemma3-defaults", "llama", "llama-tied", "qwen2", "qwen3"])
 def test_as_a_gguf(tmp_path: Path, variant: str) -> None:
     path = write_variant(tmp_path / "original", variant)
     assert_tokens_of_transformers(str(write_as_gguf(path, tmp_path / "model.gguf")), path)
@@ -57,7 +57,8 @@ def test_as_a_gguf(tmp_path: Path, variant: str) -> None:
 def write_as_gguf(checkpoint: Path, path: Path) -> Path:
     """The checkpoint as llama.cpp's converter writes it, in float32."""
     config = json.loads((checkpoint / "config.json").read_text())
-    arch, layers = config["model_type"], config["num_hidden_layers"]
+    arch, layers = config["model_type"].removesuffix("_text"), config["num_hidden_layers"]
+    rope = config["rope_parameters"]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(layers)
@@ -69,7 +70,15 @@ def write_as_gguf(checkpoint: Path, path: Path) -> Path:
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if arch == "gemma3":
+        rope = rope["full_attention"]
+        writer.add_sliding_window(config["sliding_window"])
+        if layers < 6:  # the default pattern has a layer that sees everything in every six
+            writer.add_sliding_window_pattern([t == "sliding_attention" for t in config["layer_types"]])
+            writer.add_float32("gemma3.rope.freq_base_swa", 100.0)
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_eos_token_id(config["eos_token_id"])
     (model_arch,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(model_arch, layers)
@@ -77,6 +86,8 @@ def write_as_gguf(checkpoint: Path, path: Path) -> Path:
         part = name.split(".")[-2]
         if arch == "llama" and part in heads:  # llama.cpp rotates neighbours, Hugging Face halves
             tensor = tensor.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
+        if arch == "gemma3" and part.endswith("norm"):
+            tensor = tensor + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None
         writer.add_tensor(gguf_name, tensor.contiguous().numpy())
@@ -85,3 +96,20 @@ def write_as_gguf(checkpoint: Path, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_types_on_a_cpu(tmp_path: Path, dtype: str) -> None:
+    """The whole engine in the type; greedy tokens agree with float32 until two are nearly as likely."""
+    path = write_variant(tmp_path, "qwen3" if dtype == "float16" else "gemma3")
+    prompts = [{"prompt_token_ids": list(range(3, 3 + length))} for length in (1, 20, 40)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+
+    def generate(dtype: str) -> list:
+        with LLM(str(path), dtype=dtype, skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 23) as llm:
+            return [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
+
+    for half, exact in zip(generate(dtype), generate("float32"), strict=True):
+        assert len(half.token_ids) == 8
+        (one,), (other,) = (list(o.logprobs[0].values())[:1] for o in (half, exact))
+        assert one.logprob == pytest.approx(other.logprob, abs=0.02 if dtype == "float16" else 0.2)

@@ -43,6 +43,17 @@ def test_a_window_lets_it_through_whenever_it_came() -> None:
     assert done == [1]
 
 
+def test_a_block_inside_the_window_defers_again() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), defer_interrupts(), allow_interrupts():
+        with defer_interrupts():
+            press_ctrl_c()
+            done.append(1)
+        done.append(2)
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     path = write_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM")

@@ -64,3 +64,21 @@ def test_a_stream_never_shows_what_is_taken_back_and_equals_one_search(seed: int
         assert not any(s in text for s in strings)
     else:
         assert text.startswith(final + found)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("seed", range(50))
+def test_what_is_taken_is_what_is_safe_each_character_once(seed: int, keep: bool) -> None:
+    rng = random.Random(seed)
+    strings = ["".join(rng.choice("ab") for _ in range(rng.randint(3, 7))) for _ in range(2)]
+    stop = StopStrings(strings, keep=keep)
+    taken = ""
+    for position in range(40):
+        piece = "".join(rng.choice("ab") for _ in range(rng.randint(0, 3)))
+        if stop.add(piece, check=position > 3) is not None:
+            break
+        if rng.random() < 0.7:
+            taken += stop.take(everything=False)
+            assert taken == stop.safe_text
+    assert taken + stop.take(everything=True) == stop.text
+    assert stop.take(everything=True) == ""

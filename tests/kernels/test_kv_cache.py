@@ -19,7 +19,7 @@ def test_write_kv(tokens: int, kv_heads: int, block_size: int, head_dim: int, dt
     qkv = torch.randn(tokens, 4 * kv_heads, head_dim, generator=generator).to(dtype)
     k, v = qkv[:, 2 * kv_heads : 3 * kv_heads], qkv[:, 3 * kv_heads :]
     caches = [torch.full((num_blocks, kv_heads, block_size, head_dim), 7.0, dtype=dtype) for _ in range(4)]
-    write_kv(k, v, caches[0], caches[1], slots)
+    write_kv(k, v, caches[0], caches[1], cache_rows(slots[:, None], kv_heads, block_size).flatten())
     write_kv_reference(k, v, caches[2], caches[3], slots)
     assert torch.equal(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])

@@ -37,6 +37,23 @@ def test_add_rms_norm_changes_the_residual_and_nothing_else(
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_weight_is_not_rounded_and_neither_is_the_norm_before_the_product(
+    dtype: torch.dtype,
+) -> None:
+    """Gemma's way, which is one rounding: equal to the reference but for a last bit now and then."""
+    x, weight = _random(50, 577, dtype=dtype), 1 + 0.01 * _random(577, dtype=torch.float32, seed=1)
+    expected = rms_norm_reference(x, weight, 1e-6)
+
+    def differing(y: torch.Tensor) -> float:
+        return (y != expected).float().mean().item()
+
+    assert rms_norm(x, weight, 1e-6).dtype == dtype
+    assert differing(rms_norm(x, weight, 1e-6)) < 1e-3
+    assert differing(add_rms_norm(torch.zeros_like(x), x.clone(), weight, 1e-6)) < 1e-3
+    assert differing(rms_norm(x, weight.to(dtype), 1e-6)) > 0.1
+
+
 def test_rms_norm_takes_a_slice_of_a_fused_projection() -> None:
     heads = _random(5, 6, 16, dtype=torch.float32)[:, 1:3]
     weight = _random(16, dtype=torch.float32, seed=1)

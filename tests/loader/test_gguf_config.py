@@ -281,3 +281,49 @@ def test_real_file(smollm2_gguf: Path) -> None:
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (9, 3)
     assert (config["vocab_size"], config["max_position_embeddings"]) == (49152, 8192)
     assert (config["eos_token_id"], config["tie_word_embeddings"]) == (2, True)
+
+
+def _gemma3(tmp_path: Path, **metadata: Any) -> dict[str, Any]:
+    base = base_metadata("gemma3") | {"gemma3.attention.sliding_window": 16, "gemma3.block_count": 7}
+    return read(tmp_path / "m.gguf", base | metadata, "gemma3")
+
+
+def test_gemma3_has_what_a_gguf_leaves_out(tmp_path: Path) -> None:
+    config = _gemma3(tmp_path)
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    slides, sees_all = "sliding_attention", "full_attention"
+    assert config["layer_types"] == [slides] * 5 + [sees_all, slides]
+    assert config["rope_parameters"] == {
+        "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    assert config["query_pre_attn_scalar"] == HIDDEN // HEADS
+    assert ModelConfig.from_hf(config, "m.gguf").sliding_windows == (16,) * 5 + (None, 16)
+    metadata = base_metadata("gemma3")
+    del metadata["gemma3.rope.freq_base"]
+    rope = read(tmp_path / "bare.gguf", metadata, "gemma3")["rope_parameters"]
+    assert rope["full_attention"]["rope_theta"] == 1e6
+
+
+def test_gemma3_scaling_is_of_the_layers_that_see_everything(tmp_path: Path) -> None:
+    scaling = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    config = ModelConfig.from_hf(_gemma3(tmp_path, **scaling), "m.gguf")
+    assert (config.rope.rope_type, config.rope.factor) == ("linear", 8.0)
+    assert config.local_rope is not None
+    assert config.local_rope.rope_type == "default"
+
+
+def test_gemma3_without_a_window(tmp_path: Path) -> None:
+    config = _gemma3(tmp_path, **{"gemma3.attention.sliding_window": 0})
+    assert ModelConfig.from_hf(config, "m.gguf").sliding_windows == (None,) * 7
+
+
+def test_the_27b_of_gemma3_scales_attention_in_its_own_way(tmp_path: Path) -> None:
+    metadata = {"gemma3.block_count": 62, "gemma3.attention.key_length": 32}
+    metadata |= {"gemma3.attention.value_length": 32, "gemma3.rope.dimension_count": 32}
+    assert _gemma3(tmp_path, **metadata)["query_pre_attn_scalar"] == HIDDEN // HEADS
+
+
+def test_gemma_with_soft_caps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="final_logit_softcapping = 30"):
+        _gemma3(tmp_path, **{"gemma3.final_logit_softcapping": 30.0})

@@ -175,6 +175,23 @@ def test_names_of_a_llama(tmp_path: Path) -> None:
             weights.get("model.nothing")
 
 
+def test_gemma3_norms_lose_the_one_and_vision_is_left_out(tmp_path: Path) -> None:
+    norms = {
+        "output_norm.weight": "model.norm",
+        "blk.0.ffn_norm.weight": "model.layers.0.pre_feedforward_layernorm",
+    }
+    tensors = random_tensors("gemma3") | {"v.patch_embd.weight": np.zeros((2, 2), np.float32)}
+    tensors |= {"mm.soft_emb_norm.weight": np.zeros(2, np.float32)}
+    with GgufWeights(
+        [write_gguf(tmp_path / "m.gguf", base_metadata("gemma3"), tensors, arch="gemma3")]
+    ) as source:
+        for theirs, ours in norms.items():
+            assert torch.equal(source.get(f"{ours}.weight"), torch.from_numpy(tensors[theirs]) - 1)
+        query = source.get("model.layers.0.self_attn.q_proj.weight")
+        assert torch.equal(query, torch.from_numpy(tensors["blk.0.attn_q.weight"]))
+        assert not any(name.startswith(("v.", "mm.")) for name in source.names())
+
+
 def test_wrong_rows_and_layers(tmp_path: Path) -> None:
     tensors = {"blk.0.attn_q.weight": np.zeros((13, 32), np.float32), "blk.1.ffn_norm.weight": np.zeros(4)}
     path = write_gguf(tmp_path / "rows.gguf", base_metadata(), tensors)

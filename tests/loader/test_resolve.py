@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halimede.engine.config import LoadFormat
 from halimede.engine.loader.resolve import resolve_model
 from halimede.errors import ModelLoadError
 
@@ -61,6 +62,49 @@ def test_weights_of_a_directory(tmp_path: Path, there: list[str], format_: str, 
     assert files.generation_config == {}
     assert files.tokenizer_path is None
     assert files.reference == str(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("load_format", "expected"),
+    [
+        ("auto", "model.safetensors"),
+        ("hf", "model.safetensors"),
+        ("safetensors", "model.safetensors"),
+        ("pt", "pytorch_model.bin"),
+    ],
+)
+def test_load_format_leaves_other_files_out(tmp_path: Path, load_format: LoadFormat, expected: str) -> None:
+    folder = _directory(tmp_path, "model.safetensors", "pytorch_model.bin", "model.Q8_0.gguf")
+    files = resolve_model(str(folder), load_format=load_format)
+    assert [path.name for path in files.weights] == [expected]
+
+
+def test_load_format_that_nothing_has(tmp_path: Path) -> None:
+    folder = _directory(tmp_path / "m", "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"no weights that are torch_bin.*'pt'.*model\.safetensors"):
+        resolve_model(str(folder), load_format="pt")
+    with pytest.raises(ModelLoadError, match=r"load_format='gguf'"):
+        resolve_model(str(folder), load_format="gguf")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelLoadError, match=r"is a GGUF, which load_format='safetensors' rules out"):
+        resolve_model(str(tmp_path / "m.gguf"), load_format="safetensors")
+
+
+def test_gguf_and_dummy_of_a_gguf(tmp_path: Path, smollm2_gguf: Path) -> None:
+    folder = _directory(tmp_path, "model.safetensors")
+    (folder / "model.gguf").symlink_to(smollm2_gguf)
+    files = resolve_model(str(folder), load_format="gguf")
+    assert (files.format, files.weights) == ("gguf", (folder / "model.gguf",))
+    dummy = resolve_model(str(smollm2_gguf), load_format="dummy")
+    assert (dummy.format, dummy.weights, dummy.config) == ("dummy", (), files.config)
+    assert dummy.tokenizer_path == smollm2_gguf
+
+
+def test_dummy_needs_only_a_config(tmp_path: Path) -> None:
+    folder = _directory(tmp_path)
+    files = resolve_model(str(folder), load_format="dummy")
+    assert (files.format, files.weights, files.config) == ("dummy", (), CONFIG)
+    assert files.tokenizer_path is None
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

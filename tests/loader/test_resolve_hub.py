@@ -116,6 +116,22 @@ def test_index_naming_a_shard_that_the_repository_lacks(hub: FakeHub) -> None:
     assert "first.safetensors" not in hub.downloaded
 
 
+def test_dummy_downloads_no_weights(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = resolve_model("org/name", load_format="dummy")
+    assert (files.format, files.weights, files.config) == ("dummy", (), CONFIG)
+    assert files.generation_config == {"temperature": 0.6}
+    assert files.tokenizer_path is not None
+    assert not any("model.safetensors" in path or path.endswith(".bin") for path in hub.downloaded)
+    hub.api_refusals["org/name"] = Refusal(500)
+    assert resolve_model("org/name", load_format="dummy") == files
+
+
+def test_load_format_of_a_repository(hub: FakeHub) -> None:
+    assert _names(resolve_model("org/name", load_format="pt")) == ["pytorch_model.bin"]
+    with pytest.raises(ModelLoadError, match=r"':Q8_0' picks a GGUF, which load_format='pt' rules out"):
+        resolve_model("org/name:Q8_0", load_format="pt")
+
+
 def test_bin_only(hub: FakeHub) -> None:
     del hub.repositories["org/name"]["model.safetensors"]
     files = resolve_model("org/name")

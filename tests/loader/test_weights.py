@@ -126,6 +126,35 @@ def test_conversion_of_the_data_type() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_what_a_model_says_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1 if name.endswith("norm.weight") else tensor
+
+    monkeypatch.setattr(Model, "float32_weights", (r"norm\.weight$",), raising=False)
+    monkeypatch.setattr(Model, "convert_weight", staticmethod(convert), raising=False)
+    checkpoint = _checkpoint()
+    model, _ = _load(checkpoint, dtype=torch.bfloat16)
+    assert torch.equal(model.model.norm.weight, checkpoint["model.norm.weight"] + 1)
+    assert model.model.norm.weight.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, checkpoint["lm_head.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("inner", ["language_model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_sees(inner: str) -> None:
+    """As published, everything behind language_model.; as transformers 5 has it, lm_head outside."""
+    checkpoint = _checkpoint()
+    model_prefix = "model." if inner.startswith("model") else ""
+    renamed = {
+        (
+            inner + name.removeprefix(model_prefix) if name.startswith("model.") or not model_prefix else name
+        ): t
+        for name, t in checkpoint.items()
+    }
+    model, _ = _load(renamed)
+    assert torch.equal(model.model.norm.weight, checkpoint["model.norm.weight"])
+    assert torch.equal(model.lm_head.weight, checkpoint["lm_head.weight"])
+
+
 @pytest.mark.parametrize("absent", ["lm_head.weight", "model.embed_tokens.weight", None])
 def test_tied_parameters_stay_one_and_are_read_once(absent: str | None) -> None:
     checkpoint = _checkpoint()

@@ -173,3 +173,77 @@ def test_a_quantized_checkpoint(name: str) -> None:
 def test_windows_that_cannot_be(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _read("Qwen2ForCausalLM", **fields)
+
+
+def _read_gemma3(**fields: Any) -> ModelConfig:
+    return ModelConfig.from_hf({"architectures": ["Gemma3ForCausalLM"], **fields}, "model/config.json")
+
+
+def test_gemma3_as_google_publishes_the_4b() -> None:
+    """Most fields are left to the defaults, and the text model is one part of the config."""
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "eos_token_id": [1, 106],
+            "torch_dtype": "bfloat16",
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27},
+        },
+        "config.json",
+    )
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (262_208, 2560, 34)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 256)
+    assert (config.eos_token_ids, config.dtype, config.tie_word_embeddings) == (
+        (1, 106),
+        torch.bfloat16,
+        True,
+    )
+    assert (config.hidden_act, config.attention_scale, config.supports_float16) == (
+        "gelu_tanh",
+        1 / 16,
+        False,
+    )
+    assert [i for i, window in enumerate(config.sliding_windows) if window is None] == [5, 11, 17, 23, 29]
+    assert set(config.sliding_windows) == {1024, None}
+    assert (config.rope.rope_type, config.rope.rope_theta, config.rope.factor) == ("linear", 1e6, 8.0)
+    assert config.local_rope is not None
+    assert (config.local_rope.rope_type, config.local_rope.rope_theta) == ("default", 1e4)
+
+
+def test_gemma3_ropes_old_and_new() -> None:
+    old = _read_gemma3(
+        rope_theta=5e5, rope_local_base_freq=20.0, rope_scaling={"rope_type": "linear", "factor": 2.0}
+    )
+    new = _read_gemma3(
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        }
+    )
+    assert (old.rope, old.local_rope) == (new.rope, new.local_rope)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"hidden_activation": "gelu"}, "gelu"),
+    ],
+)
+def test_gemma3_options_that_are_not_supported(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        _read_gemma3(**fields)
+
+
+def test_gemma3_without_a_window_for_the_layers_that_need_one() -> None:
+    with pytest.raises(ModelLoadError, match="sliding_window"):
+        _read_gemma3(sliding_window=None)

@@ -115,6 +115,21 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path) -> No
     assert (ours - exact).norm() < 1.2 * (theirs.logits[0].float() - exact).norm()
 
 
+def test_gemma3_in_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path) -> None:
+    """Norm weights of one and a little, kept in float32, and an embedding scale rounded as theirs is."""
+    from transformers import AutoModelForCausalLM
+
+    path, tokens = write_variant(tmp_path, "gemma3"), _tokens(60)
+    exact = reference_logits(path, tokens)
+    with torch.inference_mode():
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)(torch.tensor([tokens]))
+    model = load_model(path, dtype=torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters() if name.endswith("norm.weight")}
+    assert set(kinds.values()) == {torch.float32}
+    assert len(kinds) == 3 * 6 + 1
+    assert (run_model(model, tokens) - exact).norm() < 1.2 * (theirs.logits[0].float() - exact).norm()
+
+
 def test_the_window_of_a_variant_matters(tmp_path: Path) -> None:
     """Otherwise the sliding window variants would test nothing."""
     tokens = _tokens(40)

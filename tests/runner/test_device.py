@@ -83,6 +83,18 @@ def test_explicit_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_dtype("bfloat16", torch.bfloat16, GPU)
 
 
+def test_models_that_overflow_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for device in (CPU, GPU):
+        with pytest.raises(ConfigError, match=r"dtype='float16'.*of Gemma3ForCausalLM pass 65504.*bfloat16"):
+            resolve_dtype("float16", torch.float16, device, no_float16_for="Gemma3ForCausalLM")
+    for capability, expected in (((9, 0), torch.bfloat16), ((7, 5), torch.float32)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        for checkpoint in (torch.float16, torch.bfloat16, torch.float32, None):
+            assert resolve_dtype("auto", checkpoint, GPU, no_float16_for="G") == expected
+    assert resolve_dtype("bfloat16", torch.float16, CPU, no_float16_for="G") == torch.bfloat16
+
+
 def test_cpu_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, probe, raising=False)

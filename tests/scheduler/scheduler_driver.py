@@ -64,6 +64,11 @@ class Driver:
         self.update(*tokens)
         return scheduled
 
+    def scheduler_step(self) -> None:
+        """Nothing but schedule() and update(), to be measured."""
+        output = self.scheduler.schedule()
+        self.scheduler.update(output, ModelRunnerOutput({row.seq_id: (7,) for row in output.scheduled}))
+
     def step_until_preempted(self) -> dict[str, int]:
         """Steps up to and with the first that preempts."""
         for _ in range(100):

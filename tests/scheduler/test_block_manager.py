@@ -35,7 +35,7 @@ class TestBlockPool:
     def test_block_zero_is_never_handed_out(self) -> None:
         pool = BlockPool(5)
         assert pool.num_free == 4
-        assert pool.take(4) == [1, 2, 3, 4]
+        assert pool.take(4) == (1, 2, 3, 4)
         with pytest.raises(AssertionError, match=r"take\(1\) > 0 free blocks"):
             pool.take(1)
 
@@ -45,7 +45,7 @@ class TestBlockPool:
         for block_id in (3, 1, 4):
             pool.release(block_id, reuse_first=False)
         pool.release(2, reuse_first=True)
-        assert pool.take(4) == [2, 3, 1, 4]
+        assert pool.take(4) == (2, 3, 1, 4)
 
     def test_shared_block_is_free_after_the_last_release(self) -> None:
         pool = BlockPool(3)
@@ -56,7 +56,7 @@ class TestBlockPool:
         pool.release(block_id, reuse_first=False)
         assert pool.num_free == 2
         pool.acquire(block_id)
-        assert pool.take(1) != [block_id]
+        assert pool.take(1) != (block_id,)
 
     def test_integrity_names_the_equation(self) -> None:
         pool = BlockPool(4)
@@ -92,7 +92,7 @@ class TestPrefixCache:
     def test_identities_are_never_given_again(self) -> None:
         cache = PrefixCache()
         old = cache.register(1, None, (1,)).prefix_id
-        cache.forget(1)
+        cache.forget((1,))
         assert cache.register(1, None, (1,)).prefix_id != old
         cache.clear()
         assert cache.register(1, None, (1,)).prefix_id not in (old, old + 1)
@@ -102,11 +102,11 @@ class TestPrefixCache:
         prefix = cache.register(1, None, (1,))
         assert cache.register(2, None, (1,)) is prefix
         cache.check_integrity()
-        cache.forget(1)
+        cache.forget((1,))
         assert cache.find(None, (1,)) is prefix
-        cache.forget(2)
+        cache.forget((2,))
         assert cache.find(None, (1,)) is None
-        cache.forget(2)
+        cache.forget((2,))
         assert len(cache) == 0
 
     def test_integrity_names_the_equation(self) -> None:
@@ -167,7 +167,7 @@ class TestBlockManager:
         first, _ = run(blocks, range(9))
         full, partial = first.block_table[:2], first.block_table[2]
         blocks.free(first)
-        assert blocks._pool.take(3) == [partial, full[1], full[0]]
+        assert blocks._pool.take(3) == (partial, full[1], full[0])
 
     def test_free_hits_count_as_wanted_and_used_ones_do_not(self) -> None:
         blocks = manager()
@@ -231,7 +231,7 @@ class TestBlockManager:
         blocks._cache.register(first.block_table[1], None, (7,))
         with pytest.raises(AssertionError, match="writable block 2 in prefix cache == False"):
             blocks.check_integrity([first])
-        blocks._cache.forget(first.block_table[1])
+        blocks._cache.forget(first.block_table[1:2])
         blocks._pool.acquire(first.block_table[1])
         with pytest.raises(AssertionError, match="references of writable block 2 == 1, not 2"):
             blocks.check_integrity([first])

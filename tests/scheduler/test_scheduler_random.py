@@ -101,13 +101,14 @@ def _reference_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _reused_block_stays_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    def append(self: BlockManager, sequence: Any, count: int) -> tuple[int, ...]:
-        block_ids = self._pool.take(count)
-        sequence.block_table += block_ids
-        sequence.capacity = len(sequence.block_table) * self._block_size
-        return tuple(block_ids)
+    grow = BlockManager.grow
 
-    monkeypatch.setattr(BlockManager, "append", append)
+    def forgetful(self: BlockManager, *args: Any) -> tuple[int, ...] | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(PrefixCache, "forget", lambda cache, block_ids: None)
+            return grow(self, *args)
+
+    monkeypatch.setattr(BlockManager, "grow", forgetful)
 
 
 def _failed_step_stays_cached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,15 +139,14 @@ def _whole_prompt_is_matched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _finished_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = Scheduler._finish
+    remove = Scheduler._remove
 
-    def forget(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+    def forget(self: Scheduler, *args: Any, **kwargs: Any) -> None:
         reported = list(self._finished)
-        update = finish(self, *args, **kwargs)
+        remove(self, *args, **kwargs)
         self._finished = reported
-        return update
 
-    monkeypatch.setattr(Scheduler, "_finish", forget)
+    monkeypatch.setattr(Scheduler, "_remove", forget)
 
 
 SABOTAGES = (
