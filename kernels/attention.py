@@ -58,10 +58,11 @@ def paged_attention(
     assert q.shape[2] == head_dim, f"q has head_dim {q.shape[2]}, the cache {head_dim}"
     keys, values = k_cache.view(-1, head_dim), v_cache.view(-1, head_dim)
     grouped = q.view(q.shape[0], num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
-    if len(plan.decode) == 1 and plan.decode[0].tokens == slice(0, q.shape[0]):  # nothing to put together
+    if plan.decode and plan.decode[0].tokens is None:  # the whole step
         return _attend_decode(grouped, keys, values, plan.decode[0], plan.scratch, scale).flatten(1, 2)
     output = q.new_empty(grouped.shape)
     for batch in plan.decode:
+        assert batch.tokens is not None, "a batch beside others has its own tokens"
         output[batch.tokens] = _attend_decode(grouped, keys, values, batch, plan.scratch, scale)
     for row in plan.prefill:
         _attend_prefill(grouped, keys, values, row, scale, output)
@@ -77,7 +78,7 @@ def _attend_decode(
     scale: float,
 ) -> torch.Tensor:
     """Rows with one query token: q (T, K, H / K, D), keys and values (N * K * B, D) -> (G, K, H / K, D)."""
-    query = q[batch.tokens]
+    query = q if batch.tokens is None else q[batch.tokens]
     size, shape = batch.cache_rows.shape[0], (query.shape[0], query.shape[1], -1, query.shape[3])
     k = torch.index_select(keys, 0, batch.cache_rows, out=scratch[0][:size]).view(shape)
     v = torch.index_select(values, 0, batch.cache_rows, out=scratch[1][:size]).view(shape)

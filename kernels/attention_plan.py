@@ -28,12 +28,12 @@ _MAX_TILE_SCORES = 1 << 22
 class DecodeBatch:
     """G rows with one query token each, their contexts padded to the longest, S.
 
-    tokens (G) int64: the query tokens, a slice where they are neighbours. cache_rows (G * K * S) int64: where
-    their keys and values lie in a cache seen as (N * K * B, D); padding repeats the row's last token.
-    mask (G, 1, 1, S): added to the scores, -inf on padding; None when there is no padding.
+    tokens (G) int64: the query tokens; None when they are the whole step in its order.
+    cache_rows (G * K * S) int64: where their keys and values lie in a cache seen as (N * K * B, D); padding
+    repeats the row's last token. mask (G, 1, 1, S): added to the scores, -inf on padding; None without any.
     """
 
-    tokens: torch.Tensor | slice
+    tokens: torch.Tensor | None
     cache_rows: torch.Tensor
     mask: torch.Tensor | None
 
@@ -107,10 +107,8 @@ def plan_attention(
 
     decode = []
     for batch in _split_decode([row for row in rows if row.count == 1], num_kv_heads * head_dim):
-        numbers = torch.tensor(
-            [(row.index, row.seq_len, row.context) for row in batch], device=k_cache.device
-        )
-        index, seq_len, context = numbers.T
+        numbers = [(row.start, row.index, row.seq_len, row.context) for row in batch]
+        tokens, index, seq_len, context = torch.tensor(numbers, device=k_cache.device).T
         longest = max(row.context for row in batch)
         steps = torch.arange(longest, device=k_cache.device)
         positions = torch.minimum((seq_len - context)[:, None] + steps, (seq_len - 1)[:, None])
@@ -118,9 +116,8 @@ def plan_attention(
         if any(row.context < longest for row in batch):
             mask = torch.zeros(positions.shape, dtype=k_cache.dtype, device=k_cache.device)
             mask = mask.masked_fill_(steps >= context[:, None], float("-inf"))[:, None, None]
-        decode.append(
-            DecodeBatch(_tokens_of(batch, k_cache.device), rows_of(block_tables[index], positions), mask)
-        )
+        whole = len(batch) == len(rows)
+        decode.append(DecodeBatch(None if whole else tokens, rows_of(block_tables[index], positions), mask))
     prefill = []
     for row in (row for row in rows if row.count > 1):
         positions = torch.arange(row.seq_len - row.context, row.seq_len, device=k_cache.device)[None]
@@ -168,14 +165,6 @@ def _end_of_batch(contexts: npt.NDArray[np.int64], first: int, last: int, elemen
         if saved[cut] <= _BATCH_OVERHEAD:
             return last
         last = first + cut
-
-
-def _tokens_of(batch: list[_Row], device: torch.device) -> torch.Tensor | slice:
-    """The query tokens of decode rows."""
-    first, last = batch[0].start, batch[-1].start
-    if last - first == len(batch) - 1:
-        return slice(first, last + 1)
-    return torch.tensor([row.start for row in batch], device=device)
 
 
 def _split_prefill(row: _Row, window: int | None, device: torch.device) -> Iterator[PrefillTile]:

@@ -1,7 +1,7 @@
 """Writes a step's keys and values to their slots of the paged cache.
 
 Layouts: k, v (T, K, D); caches (N, K, B, D) contiguous; slot_mapping (T), slot = block * B + offset;
-rows (T * K) of a cache seen as (N * K * B, D), made of the slots by `cache_rows` once per step for all layers.
+rows (T * K) of a cache seen as (N * K * B, D), made of the slots by `cache_rows` once per step.
 Moves 2 * T * K * D elements in and out.
 """
 

@@ -9,22 +9,12 @@ bfloat16 alike. For one row of bfloat16 oneDNN, reordered or not, is slower than
 the plain weight, so 16-bit weights are kept both ways; docs/perf-log.md has the figures.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-
-
-@dataclass(frozen=True, slots=True)
-class CpuWeight:
-    """A weight [N, K] as the CPU multiplies by it.
-
-    packed: in oneDNN's layout, opaque to torch's other operations. plain: as it was, for products with one
-    row; None where packed serves those too.
-    """
-
-    packed: torch.Tensor
-    plain: torch.Tensor | None
 
 
 def matmul_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -32,31 +22,58 @@ def matmul_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(x.dtype)
 
 
-def pack_weight(weight: torch.Tensor) -> CpuWeight | None:
-    """Lay a weight [N, K] out for matmul; None where plain F.linear is as good: no oneDNN, or float16."""
+def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
+    """A weight [N, K] in oneDNN's layout, opaque to torch's other operations.
+
+    None where plain F.linear is as good: without oneDNN, in float16.
+    """
     if weight.dtype not in (torch.float32, torch.bfloat16) or not torch._C._has_mkldnn:
         return None
     try:
         # The hint (rows of x) chooses among layouts that differ little; one must serve decode and prefill.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     except (AttributeError, NotImplementedError, RuntimeError):  # a build of torch or a CPU without it
         return None
-    return CpuWeight(packed, weight if weight.dtype == torch.bfloat16 else None)
+    return packed
 
 
-def matmul(x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """(M, K) -> (M, N)."""
-    if x.shape[0] == 1 and weight.plain is not None:
-        return _one_row(x, weight.plain, bias)
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")
+def matmul(
+    x: torch.Tensor, packed: torch.Tensor, plain: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """(M, K) -> (M, N), by a weight that pack_weight made.
+
+    plain: the weight [N, K] itself, for one row of 16-bit x; None where packed serves that too.
+    """
+    if plain is not None and x.shape[0] == 1:
+        with plain_products():
+            return F.linear(x, plain, bias)
+    if torch._C._is_tracing():
+        return _recordable_product()(x, packed, bias)
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y
 
 
-def _one_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear by torch's own kernels. The switch is the process's, so it is put back at once."""
+@functools.cache
+def _recordable_product() -> Callable[..., torch.Tensor]:
+    """oneDNN's product as TorchScript: tracing cannot record the type of one of its arguments."""
+    graph = torch._C.parse_ir(
+        """graph(%x : Tensor, %packed : Tensor, %bias : Tensor?):
+            %none : str = prim::Constant[value="none"]()
+            %algorithm : str = prim::Constant[value=""]()
+            %scalars : Scalar?[] = prim::ListConstruct()
+            %y : Tensor = mkldnn::_linear_pointwise(%x, %packed, %bias, %none, %scalars, %algorithm)
+            return (%y)"""
+    )
+    function: Callable[..., torch.Tensor] = torch._C._create_function_from_graph("packed_product", graph)
+    return function
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """torch's own products in place of oneDNN's. The switch is the process's, so it is put back at once."""
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        return F.linear(x, weight, bias)
+        yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)

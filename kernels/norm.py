@@ -11,8 +11,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-# Rows up to which a step of decoding is bound by the number of operations, not by what they compute.
-_FEW_ROWS = 16
+FEW_ROWS = 16
+"""Rows up to which a step of decoding is bound by the number of operations, not by what they compute."""
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -24,7 +24,7 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Norm x (..., hidden) by weight (hidden); x is not changed."""
-    if x.dtype.itemsize == 2 and weight.dtype == x.dtype and x.shape[0] <= _FEW_ROWS:
+    if x.dtype.itemsize == 2 and weight.dtype == x.dtype and x.shape[0] <= FEW_ROWS:
         return _rms_norm_by_layer_norm(x, eps) * weight
     wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()

@@ -9,6 +9,7 @@ import torch
 
 KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "norm": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.2e-2, 1e-3), torch.float16: (1.5e-3, 1e-4)},
+    "matmul": {torch.float32: (1e-5, 1e-5), torch.bfloat16: (8e-3, 8e-3)},
     "rotary": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-4)},
     "activation": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.6e-2, 1e-4), torch.float16: (2e-3, 1e-4)},
     "attention": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halimede.kernels.matmul import CpuWeight, matmul, pack_weight
+from halimede.kernels.matmul import matmul, pack_weight
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -21,21 +21,23 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = empty_parameter(out_features, in_features)
         self.bias = empty_parameter(out_features) if bias else None
-        self._cpu_weight: CpuWeight | None = None
+        self.packed: torch.Tensor | None
+        self.register_buffer("packed", None, persistent=False)
 
     def prepare(self) -> None:
-        """On a CPU: lay the weight out as it is multiplied fastest; free the plain one if nothing reads it."""
+        """On a CPU: lay the weight out as it is multiplied fastest; the plain one goes if unused."""
         if self.weight.device.type != "cpu":
             return
-        self._cpu_weight = pack_weight(self.weight)
-        if self._cpu_weight is not None and self._cpu_weight.plain is None:
+        self.packed = pack_weight(self.weight)
+        if self.packed is not None and self.weight.dtype == torch.float32:
             self.weight = empty_parameter(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K_in) -> (..., N_out)."""
-        if self._cpu_weight is not None:
-            return matmul(x, self._cpu_weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        plain = self.weight if self.weight.shape[0] else None
+        return matmul(x, self.packed, plain, self.bias)
 
 
 class MergedLinear(Linear):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from halimede.engine.loader.host_memory import WeightMemory
 from halimede.engine.loader.weights import assign_parameters, out_of_memory, parameter_dtype
 
 _SEED = 0
@@ -17,10 +18,11 @@ def fill_with_random_weights(model: nn.Module, *, device: torch.device, dtype: t
     generator = torch.Generator(device).manual_seed(_SEED)
     parameters = dict(model.named_parameters())
     filled: dict[str, torch.Tensor] = {}
+    memory = WeightMemory(device)
     try:
         for name, parameter in parameters.items():
             own = parameter_dtype(model, name, dtype)
-            tensor = torch.empty(parameter.shape, dtype=own, device=device)
+            tensor = memory.empty(tuple(parameter.shape), own)
             if tensor.dim() == 1:
                 tensor.fill_(1.0 if name.endswith("weight") else 0.0)
             else:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from halimede.engine.loader.host_memory import WeightMemory
 from halimede.engine.loader.mapping import Plan, Slice, plan_loading
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.safetensors import SafetensorsWeights
@@ -77,6 +78,7 @@ def load_weights(
     parameters = dict(model.named_parameters())
     convert: Callable[[str, torch.Tensor], torch.Tensor] = getattr(model, "convert_weight", _as_it_is)
     filled: dict[str, torch.Tensor] = {}
+    memory = WeightMemory(device)
     try:
         for name, part in tqdm(
             plan.slices.items(), desc="Loading weights", unit="tensor", disable=not progress
@@ -86,7 +88,7 @@ def load_weights(
             shape = parameters[part.parameter].shape
             if part.parameter not in filled:
                 own = parameter_dtype(model, part.parameter, dtype)
-                filled[part.parameter] = torch.empty(shape, dtype=own, device=device)
+                filled[part.parameter] = memory.empty(tuple(shape), own)
             target = filled[part.parameter]
             if part.shape != tuple(shape):
                 target = target.narrow(0, part.start, part.shape[0])

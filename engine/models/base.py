@@ -16,6 +16,7 @@ from halimede.engine.layers.rotary import RotaryEmbedding
 from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
+from halimede.engine.models.layer_trace import LayerTraces
 from halimede.kernels.attention_plan import AttentionPlan, plan_attention
 from halimede.kernels.kv_cache import cache_rows
 from halimede.kernels.rotary import RotaryFactors, rotary_factors
@@ -76,11 +77,13 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.embedding_scale)
         self.layers = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._traces: LayerTraces | None = None
         self.rotary_emb = RotaryEmbedding(config.rope)
         self.rotary_emb_local = None if config.local_rope is None else RotaryEmbedding(config.local_rope)
 
     def prepare(self, device: torch.device, max_model_len: int) -> None:
-        """Build the tables of the rotary embeddings for positions < max_model_len."""
+        """Build the tables of the rotary embeddings for positions < max_model_len. The weights are loaded."""
+        self._traces = LayerTraces(self.layers) if device.type == "cpu" else None
         for rotary_emb in (self.rotary_emb, self.rotary_emb_local):
             if rotary_emb is not None:
                 rotary_emb.prepare(device, max_model_len)
@@ -97,11 +100,19 @@ class Decoder(nn.Module):
         plans = {window: _plan(model_input.attn, kv_caches[0], window) for window in set(windows)}
         num_kv_heads, block_size = kv_caches[0][0].shape[1:3]
         kv_rows = cache_rows(model_input.attn.slot_mapping[:, None], num_kv_heads, block_size).flatten()
-        hidden_states: torch.Tensor | None = None
-        for layer, kv_cache, window in zip(self.layers, kv_caches, windows, strict=True):
-            turn = rope if window is None else local_rope
-            hidden_states = layer(hidden_states, residual, turn, kv_cache, kv_rows, plans[window])
-        assert hidden_states is not None
+        inputs = [
+            (residual, rope if window is None else local_rope, kv_cache, kv_rows, plans[window])
+            for kv_cache, window in zip(kv_caches, windows, strict=True)
+        ]
+        if self._traces is not None and not any(plan.prefill for plan in plans.values()):
+            with self._traces.replaying(residual.shape[0]):
+                hidden_states = self.layers[0](None, *inputs[0])
+                for index in range(1, len(self.layers)):
+                    hidden_states = self._traces.run(index, hidden_states, *inputs[index])
+        else:
+            hidden_states = None
+            for layer, arguments in zip(self.layers, inputs, strict=True):
+                hidden_states = layer(hidden_states, *arguments)
         return self.norm.add(hidden_states, residual)
 
 
@@ -165,10 +176,10 @@ class CausalLM(nn.Module):
 
         Call after loading.
         """
-        self.model.prepare(device, max_model_len)
         for module in self.modules():
             if isinstance(module, Linear):
                 module.prepare()
+        self.model.prepare(device, max_model_len)
 
     def forward(self, model_input: ModelInput, kv_caches: Sequence[KVCache]) -> torch.Tensor:
         """One step: hidden states (T, hidden) of its tokens; their keys and values go to kv_caches."""

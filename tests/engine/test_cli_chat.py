@@ -22,14 +22,16 @@ class Terminal:
     """A chat in a pseudo-terminal of 160 columns."""
 
     def __init__(self, home: Path, *arguments: str) -> None:
-        env = {
-            **os.environ,
+        # The terminal's size is what counts here. rich believes these two more, and a worker of pytest-xdist
+        # has them: its parent has imported readline, which sets them for child processes.
+        env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        env |= {
             "HOME": str(home),
             "TERM": "xterm",
             "NO_COLOR": "1",
             "PROMPT_TOOLKIT_NO_CPR": "1",
+            "OMP_NUM_THREADS": "1",
         }
-        env |= {"OMP_NUM_THREADS": "1"}
         with warnings.catch_warnings():  # forking is safe here: the child calls exec at once
             warnings.simplefilter("ignore", DeprecationWarning)
             self.child = pexpect.spawn(

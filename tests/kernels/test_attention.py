@@ -132,7 +132,8 @@ def test_decode_rows_go_together_and_prefill_tiles_are_bounded() -> None:
     step = make_step([(1, 9), (1, 50), (6, 30), (1, 1)])
     plan = plan_attention(step.block_tables, step.query_start_loc, step.seq_lens, k_cache=step.k_cache)
     assert len(plan.decode) == 1
-    assert torch.as_tensor(plan.decode[0].tokens).tolist() == [0, 1, 8]
+    assert plan.decode[0].tokens is not None
+    assert plan.decode[0].tokens.tolist() == [0, 1, 8]
     assert len(plan.prefill) == 1
     cache = torch.empty(600, 1, 16, 4)
     tables = torch.arange(600, dtype=torch.int32)[None]

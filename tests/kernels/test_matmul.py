@@ -19,23 +19,31 @@ def test_matmul(out_features: int, in_features: int, rows: int, bias: bool, dtyp
     weight = _random(out_features, in_features, dtype=dtype, seed=0) / in_features**0.5
     x = _random(rows, in_features, dtype=dtype, seed=1)
     b = _random(out_features, dtype=dtype, seed=2) if bias else None
-    prepared = pack_weight(weight)
-    assert prepared is not None, "this build of torch has no oneDNN"
+    packed = pack_weight(weight)
+    assert packed is not None, "this build of torch has no oneDNN"
     enabled = torch._C._get_mkldnn_enabled()
-    assert_kernel_close(matmul(x, prepared, b), matmul_reference(x, weight, b), "norm")
+    assert_kernel_close(matmul(x, packed, weight, b), matmul_reference(x, weight, b), "matmul")
     assert torch._C._get_mkldnn_enabled() == enabled
 
 
 def test_rows_of_a_larger_tensor() -> None:
     weight = _random(24, 16, dtype=torch.bfloat16, seed=0)
-    prepared = pack_weight(weight)
-    assert prepared is not None
+    packed = pack_weight(weight)
+    assert packed is not None
     x = _random(6, 2, 16, dtype=torch.bfloat16, seed=1)[:, 0]
-    assert_kernel_close(matmul(x, prepared, None), matmul_reference(x, weight, None), "norm")
+    assert_kernel_close(matmul(x, packed, None, None), matmul_reference(x, weight, None), "matmul")
 
 
-def test_a_float32_weight_is_kept_once_a_bfloat16_one_for_single_rows_too() -> None:
-    plain = _random(8, 8, dtype=torch.float32, seed=0)
-    assert pack_weight(plain).plain is None  # type: ignore[union-attr]
-    assert pack_weight(plain.bfloat16()).plain is not None  # type: ignore[union-attr]
-    assert pack_weight(plain.half()) is None
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_broken_product_is_noticed(plain: bool) -> None:
+    weight = _random(24, 16, dtype=torch.bfloat16, seed=0)
+    x = _random(1, 16, dtype=torch.bfloat16, seed=1)
+    packed = pack_weight(weight.roll(1, 1))
+    assert packed is not None
+    wrong = matmul(x, packed, weight.roll(1, 1) if plain else None, None)
+    with pytest.raises(AssertionError):
+        assert_kernel_close(wrong, matmul_reference(x, weight, None), "matmul")
+
+
+def test_float16_is_left_to_torch() -> None:
+    assert pack_weight(torch.ones(8, 8, dtype=torch.float16)) is None
