@@ -30,7 +30,8 @@ class DecodeBatch:
 
     tokens (G) int64: the query tokens; None when they are the whole step in its order.
     cache_rows (G * K * S) int64: where their keys and values lie in a cache seen as (N * K * B, D); padding
-    repeats the row's last token. mask (G, 1, 1, S): added to the scores, -inf on padding; None without any.
+    repeats the row's last token. mask (G, 1, 1, S): added to the scores, -inf on padding; None where a step
+    has one row only.
     """
 
     tokens: torch.Tensor | None
@@ -113,7 +114,7 @@ def plan_attention(
         steps = torch.arange(longest, device=k_cache.device)
         positions = torch.minimum((seq_len - context)[:, None] + steps, (seq_len - 1)[:, None])
         mask = None
-        if any(row.context < longest for row in batch):
+        if len(rows) > 1:
             mask = torch.zeros(positions.shape, dtype=k_cache.dtype, device=k_cache.device)
             mask = mask.masked_fill_(steps >= context[:, None], float("-inf"))[:, None, None]
         whole = len(batch) == len(rows)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.jit._fuser import optimized_execution
 
 from halimede.engine.model_input import KVCache
 from halimede.kernels.attention_plan import AttentionPlan, DecodeBatch
@@ -70,7 +69,8 @@ class LayerTraces:
 
         TorchScript's optimizing executor, which watches the shapes of each call, costs 2 ms a step here.
         """
-        with optimized_execution(False), plain_products() if rows == 1 else nullcontext():
+        unwatched = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+        with unwatched, plain_products() if rows == 1 else nullcontext():
             yield
 
     def _record(self, form: _Form, inputs: tuple[torch.Tensor, ...]) -> _Replay | None:

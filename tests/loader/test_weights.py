@@ -364,7 +364,7 @@ print(peak - base, anonymous() - base)
         ("safetensors", "float32", 205),
         ("safetensors", "bfloat16", 115),
         ("torch_bin", "float32", 205),
-        ("legacy_bin", "float32", 320),
+        ("legacy_bin", "float32", 390),  # a whole file at once, and what malloc keeps of the one before
     ],
 )
 def test_no_second_copy_in_memory(tmp_path: Path, format_: str, dtype: str, allowed: float) -> None:
