@@ -5,15 +5,20 @@ position p sees the keys at positions p - sliding_window + 1 .. p, or 0 .. p wit
 2 * context * K * D elements per row and does 4 * context * H * D FLOPs on them; prefill multiplies the FLOPs
 by its query tokens.
 
-Only slots that hold a token are ever gathered: what lies in the others, even NaN, does not matter. Query
-heads of one kv head are a dimension of their own against a broadcast k and v, which on a CPU is 20x faster
-in decode than SDPA's enable_gqa. SDPA accumulates in float32 whatever the dtype.
+Only slots that hold a token are ever read: what lies in the others, even NaN, does not matter. Query heads of
+one kv head are a dimension of their own against a broadcast k and v, which on a CPU is 20x faster in decode
+than SDPA's enable_gqa. SDPA accumulates in float32 whatever the dtype. Where q is wider than the cache, what
+is gathered is widened first.
+
+On a CPU several rows of decoding do without SDPA. The weighted sum of values that lie about in a cache is what
+embedding_bag computes, so they need not be gathered: half of the time at 32 rows. Scores are float32 there,
+and the weights are rounded to the cache's dtype.
 """
 
 import torch
 import torch.nn.functional as F
 
-from halimede.kernels.attention_plan import AttentionPlan, DecodeBatch, PrefillRow
+from halimede.kernels.attention_plan import AttentionPlan, DecodeBatch, DecodeScratch, PrefillRow
 
 
 def paged_attention_reference(
@@ -74,15 +79,48 @@ def _attend_decode(
     keys: torch.Tensor,
     values: torch.Tensor,
     batch: DecodeBatch,
-    scratch: tuple[torch.Tensor, torch.Tensor],
+    scratch: DecodeScratch,
     scale: float,
 ) -> torch.Tensor:
     """Rows with one query token: q (T, K, H / K, D), keys and values (N * K * B, D) -> (G, K, H / K, D)."""
     query = q if batch.tokens is None else q[batch.tokens]
-    size, shape = batch.cache_rows.shape[0], (query.shape[0], query.shape[1], -1, query.shape[3])
-    k = torch.index_select(keys, 0, batch.cache_rows, out=scratch[0][:size]).view(shape)
-    v = torch.index_select(values, 0, batch.cache_rows, out=scratch[1][:size]).view(shape)
+    if batch.bags is not None:
+        return _attend_in_bags(query, keys, values, batch, scratch, scale)
+    shape = (query.shape[0], query.shape[1], -1, query.shape[3])
+    k = _gather(keys, batch.cache_rows, q.dtype, scratch.k, scratch.wide_k).view(shape)
+    v = _gather(values, batch.cache_rows, q.dtype, scratch.v, scratch.wide_v).view(shape)
     return F.scaled_dot_product_attention(query, k, v, attn_mask=batch.mask, scale=scale)
+
+
+def _attend_in_bags(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: DecodeBatch,
+    scratch: DecodeScratch,
+    scale: float,
+) -> torch.Tensor:
+    """As _attend_decode: gathers the keys only, and sums the values up where they lie."""
+    assert batch.bags is not None, "a batch without bags is not for this way"
+    assert batch.mask is not None, "bags are for batches that have a mask"
+    rows, num_kv_heads, group, head_dim = query.shape
+    k = _gather(keys, batch.cache_rows, torch.float32, scratch.k, scratch.wide_k)
+    scaled = (query.float() * scale).view(rows * num_kv_heads, group, head_dim)
+    scores = torch.bmm(scaled, k.view(rows * num_kv_heads, -1, head_dim).transpose(1, 2))
+    scores = scores.view(rows, num_kv_heads, group, -1).add_(batch.mask)
+    weights = torch.softmax(scores, dim=-1).to(values.dtype).view(-1)
+    bags = batch.bags
+    summed = torch.embedding_bag(values, bags.rows, bags.starts, False, 0, False, weights)[0]
+    return summed.view(query.shape).to(query.dtype)
+
+
+def _gather(
+    cache: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor, wide: torch.Tensor
+) -> torch.Tensor:
+    """Rows of a cache (N * K * B, D) in `dtype`, its own or float32, put into memory and, if need be, wide."""
+    size = rows.shape[0]
+    gathered = torch.index_select(cache, 0, rows, out=memory[:size])
+    return gathered if gathered.dtype == dtype else wide[:size].copy_(gathered)
 
 
 def _attend_prefill(
@@ -96,8 +134,8 @@ def _attend_prefill(
     """One row with several query tokens; shapes as in _attend_decode."""
     num_kv_heads, group, head_dim = q.shape[1:]
     shape = (num_kv_heads, 1, -1, head_dim)
-    k = keys.index_select(0, row.cache_rows).view(shape).expand(-1, group, -1, -1)
-    v = values.index_select(0, row.cache_rows).view(shape).expand(-1, group, -1, -1)
+    k = keys.index_select(0, row.cache_rows).to(q.dtype).view(shape).expand(-1, group, -1, -1)
+    v = values.index_select(0, row.cache_rows).to(q.dtype).view(shape).expand(-1, group, -1, -1)
     for tile in row.tiles:
         tokens, seen = slice(tile.start, tile.stop), slice(tile.first_key, tile.last_key)
         attended = F.scaled_dot_product_attention(

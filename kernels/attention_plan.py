@@ -25,6 +25,32 @@ _MAX_TILE_SCORES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
+class HeadBags:
+    """The values that each query head sums up, as embedding_bag takes them.
+
+    rows (G * H * S): a batch's cache_rows, repeated for the query heads that share a kv head. starts (G * H):
+    where each head's begin. Both of one integer type.
+    """
+
+    rows: torch.Tensor
+    starts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """Memory for what decoding gathers, as large as the largest batch needs: (G * K * S, D) each.
+
+    k, v: of the cache's dtype. wide_k, wide_v: in float32, empty where the cache is. Kept for the step: on a
+    CPU fresh memory in every layer costs several times the gather itself.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    wide_k: torch.Tensor
+    wide_v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeBatch:
     """G rows with one query token each, their contexts padded to the longest, S.
 
@@ -32,11 +58,13 @@ class DecodeBatch:
     cache_rows (G * K * S) int64: where their keys and values lie in a cache seen as (N * K * B, D); padding
     repeats the row's last token. mask (G, 1, 1, S): added to the scores, -inf on padding; None where a step
     has one row only.
+    bags: on a CPU, beside a mask; see HeadBags.
     """
 
     tokens: torch.Tensor | None
     cache_rows: torch.Tensor
     mask: torch.Tensor | None
+    bags: "HeadBags | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +92,11 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """A step as paged_attention runs it.
-
-    scratch: room for the gathered k and v of the largest decode batch, (rows, D) each. Kept for the step:
-    on a CPU fresh memory in every layer costs several times the gather itself.
-    """
+    """A step as paged_attention runs it."""
 
     decode: tuple[DecodeBatch, ...]
     prefill: tuple[PrefillRow, ...]
-    scratch: tuple[torch.Tensor, torch.Tensor]
+    scratch: DecodeScratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +115,7 @@ def plan_attention(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
+    num_heads: int,
     k_cache: torch.Tensor,
     sliding_window: int | None = None,
 ) -> AttentionPlan:
@@ -106,6 +131,7 @@ def plan_attention(
         blocks = tables.long().gather(1, positions // block_size)
         return cache_rows(blocks * block_size + positions % block_size, num_kv_heads, block_size).flatten()
 
+    on_cpu = k_cache.device.type == "cpu"
     decode = []
     for batch in _split_decode([row for row in rows if row.count == 1], num_kv_heads * head_dim):
         numbers = [(row.start, row.index, row.seq_len, row.context) for row in batch]
@@ -113,21 +139,42 @@ def plan_attention(
         longest = max(row.context for row in batch)
         steps = torch.arange(longest, device=k_cache.device)
         positions = torch.minimum((seq_len - context)[:, None] + steps, (seq_len - 1)[:, None])
-        mask = None
+        found = rows_of(block_tables[index], positions)
+        mask = bags = None
         if len(rows) > 1:
-            mask = torch.zeros(positions.shape, dtype=k_cache.dtype, device=k_cache.device)
+            mask = torch.zeros(
+                positions.shape, dtype=torch.float32 if on_cpu else k_cache.dtype, device=k_cache.device
+            )
             mask = mask.masked_fill_(steps >= context[:, None], float("-inf"))[:, None, None]
+            bags = _head_bags(found, longest, num_heads // num_kv_heads, k_cache) if on_cpu else None
         whole = len(batch) == len(rows)
-        decode.append(DecodeBatch(None if whole else tokens, rows_of(block_tables[index], positions), mask))
+        decode.append(DecodeBatch(None if whole else tokens, found, mask, bags))
     prefill = []
     for row in (row for row in rows if row.count > 1):
         positions = torch.arange(row.seq_len - row.context, row.seq_len, device=k_cache.device)[None]
         table = block_tables[row.index][None]
         tiles = tuple(_split_prefill(row, sliding_window, k_cache.device))
         prefill.append(PrefillRow(rows_of(table, positions), tiles))
+    return AttentionPlan(tuple(decode), tuple(prefill), _scratch(decode, k_cache))
+
+
+def _head_bags(cache_rows: torch.Tensor, length: int, group: int, k_cache: torch.Tensor) -> HeadBags:
+    """HeadBags of a batch whose rows see `length` tokens each, for `group` query heads per kv head."""
+    fits = k_cache.numel() // k_cache.shape[-1] < 1 << 31 and cache_rows.numel() * group < 1 << 31
+    dtype = torch.int32 if fits else torch.int64
+    rows = cache_rows.to(dtype).view(-1, 1, length).expand(-1, group, -1).flatten()
+    return HeadBags(rows, torch.arange(0, rows.shape[0], length, dtype=dtype, device=rows.device))
+
+
+def _scratch(decode: list[DecodeBatch], k_cache: torch.Tensor) -> DecodeScratch:
     size = max((batch.cache_rows.shape[0] for batch in decode), default=0)
-    scratch = (k_cache.new_empty(size, head_dim), k_cache.new_empty(size, head_dim))
-    return AttentionPlan(tuple(decode), tuple(prefill), scratch)
+    alone = max((batch.cache_rows.shape[0] for batch in decode if batch.bags is None), default=0)
+    wide = k_cache.dtype != torch.float32
+    shapes = ((size, k_cache.dtype), (alone, k_cache.dtype), (size * wide, torch.float32))
+    made = [
+        k_cache.new_empty(n, k_cache.shape[-1], dtype=d) for n, d in (*shapes, (alone * wide, torch.float32))
+    ]
+    return DecodeScratch(*made)
 
 
 def _read_rows(starts: list[int], seq_lens: list[int], window: int | None) -> list[_Row]:

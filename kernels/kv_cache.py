@@ -29,12 +29,15 @@ def write_kv(
     v_cache: torch.Tensor,
     rows: torch.Tensor,
 ) -> None:
-    """Put k, v (T, K, D) of each token and head at its row (T * K, int64), in place. Rows are distinct."""
+    """Put k, v (T, K, D) of each token and head at its row (T * K, int64), in place. Rows are distinct.
+
+    They are rounded to the caches' dtype.
+    """
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     assert k.shape == v.shape, "k and v must be of one shape"
     assert k.shape == (rows.shape[0] // num_kv_heads, num_kv_heads, head_dim), "k, v must be (T, K, D)"
-    k_cache.view(-1, head_dim).index_copy_(0, rows, k.reshape(-1, head_dim))
-    v_cache.view(-1, head_dim).index_copy_(0, rows, v.reshape(-1, head_dim))
+    k_cache.view(-1, head_dim).index_copy_(0, rows, k.to(k_cache.dtype).reshape(-1, head_dim))
+    v_cache.view(-1, head_dim).index_copy_(0, rows, v.to(v_cache.dtype).reshape(-1, head_dim))
 
 
 def cache_rows(slots: torch.Tensor, num_kv_heads: int, block_size: int) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Layouts: x (..., hidden) with unit stride in the last dimension, weight (hidden).
 The norm is computed in float32 and rounded to x's dtype before the product with weight, as Hugging Face's
 models do: checkpoints were trained with that rounding. A float32 weight under a 16-bit x is Gemma's way: the
-product comes first, the rounding after it.
+product comes first, the rounding after it. So it does for few rows on a CPU, where operations count more than
+what they compute.
 """
 
 import functools
@@ -22,10 +23,15 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return wide.to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Norm x (..., hidden) by weight (hidden); x is not changed."""
-    if x.dtype.itemsize == 2 and weight.dtype == x.dtype and x.shape[0] <= FEW_ROWS:
-        return _rms_norm_by_layer_norm(x, eps) * weight
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, doubled: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Norm x (..., hidden) by weight (hidden); x is not changed.
+
+    doubled: what doubled_weight made of the weight, for few rows.
+    """
+    if doubled is not None and x.shape[0] <= FEW_ROWS:
+        return _rms_norm_by_layer_norm(x, doubled, eps)
     wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     if weight.dtype != x.dtype:
@@ -33,13 +39,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * scale).to(x.dtype).mul_(weight)
 
 
-def _rms_norm_by_layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """The norm without weight, in 2 operations in place of 7.
+def doubled_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (hidden) as rms_norm takes it on a CPU: (2, hidden)."""
+    return torch.stack((weight, weight))
+
+
+def _rms_norm_by_layer_norm(x: torch.Tensor, doubled: torch.Tensor, eps: float) -> torch.Tensor:
+    """The norm in 2 operations in place of 7, rounded once.
 
     The mean of (x, -x) is 0, so its variance, which layer_norm divides by, is the mean square of x.
     """
     both = x.unsqueeze(-2) * _signs(x.dtype, x.device)
-    return F.layer_norm(both, both.shape[-2:], eps=eps).select(-2, 0)
+    return F.layer_norm(both, both.shape[-2:], doubled, eps=eps).select(-2, 0)
 
 
 @functools.cache
@@ -55,6 +66,12 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps), total
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add x (T, hidden) to `residual` (T, hidden) in place and return the norm of the sum."""
-    return rms_norm(residual.add_(x), weight, eps)
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    doubled: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add x (T, hidden) to `residual` (T, hidden) in place and return the norm of the sum; see rms_norm."""
+    return rms_norm(residual.add_(x), weight, eps, doubled)

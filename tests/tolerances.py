@@ -10,8 +10,13 @@ import torch
 KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "norm": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.2e-2, 1e-3), torch.float16: (1.5e-3, 1e-4)},
     "matmul": {torch.float32: (1e-5, 1e-5), torch.bfloat16: (8e-3, 8e-3)},
+    # float32 rows that are rounded to 16 bits on the way in and out: products of size 1 to 4.
+    "matmul of torch.bfloat16": {torch.float32: (8e-3, 1.2e-2)},
+    "matmul of torch.float16": {torch.float32: (1e-3, 1.5e-3)},
     "rotary": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-4)},
     "activation": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.6e-2, 1e-4), torch.float16: (2e-3, 1e-4)},
+    "attention over torch.bfloat16": {torch.float32: (8e-3, 4e-3)},
+    "attention over torch.float16": {torch.float32: (1e-3, 5e-4)},
     "attention": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},
 }
 

@@ -51,7 +51,9 @@ def resolve_dtype(
     would cost twice the memory and most of the speed. Unlike vLLM, which takes float16 there, because
     bfloat16 has float32's range and cannot overflow. A GPU without bfloat16 gets float16, and float32 where
     the model overflows in that.
-    "auto" on a CPU is bfloat16 if the checkpoint is 16-bit and the CPU computes in bfloat16, else float32.
+    "auto" on a CPU is float32 for a float32 checkpoint. Others run in bfloat16 where the CPU computes in it,
+    else in the checkpoint's own type, in which nothing of its weights is lost (float16 for a GGUF, the type
+    of its scales); resolve_activation_dtype says how.
     """
     has_bfloat16 = _gpu_has_bfloat16(device) if device.type == "cuda" else cpu_has_bfloat16()
     if name != "auto":
@@ -63,9 +65,11 @@ def resolve_dtype(
                 "float16; use bfloat16, float32 or auto"
             )
         return _DTYPES[name]
-    sixteen_bit = checkpoint in (torch.bfloat16, torch.float16)
     if device.type == "cpu":
-        return torch.bfloat16 if sixteen_bit and has_bfloat16 else torch.float32
+        if checkpoint == torch.float32:
+            return torch.float32
+        bfloat16 = has_bfloat16 or checkpoint == torch.bfloat16 or no_float16_for is not None
+        return torch.bfloat16 if bfloat16 else torch.float16
     if no_float16_for is not None:
         return torch.bfloat16 if has_bfloat16 else torch.float32
     if checkpoint == torch.float16:
@@ -74,6 +78,17 @@ def resolve_dtype(
         logger.warning("%s does not compute in bfloat16; dtype is float16, which may overflow", device)
         return torch.float16
     return torch.bfloat16
+
+
+def resolve_activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a model whose weights and KV cache are of `dtype` computes in.
+
+    That type, but for a CPU without arithmetic in it: emulated, it would be many times slower than float32,
+    while narrow weights still make reading them, which is all that a single row waits for, twice as fast.
+    """
+    if device.type != "cpu" or (dtype == torch.bfloat16 and cpu_has_bfloat16()):
+        return dtype
+    return torch.float32
 
 
 def _gpu_has_bfloat16(device: torch.device) -> bool:

@@ -8,7 +8,11 @@ import time
 import torch
 
 from halimede.engine.config import EngineConfig
-from halimede.engine.executor.device import resolve_device, resolve_dtype
+from halimede.engine.executor.device import (
+    resolve_activation_dtype,
+    resolve_device,
+    resolve_dtype,
+)
 from halimede.engine.loader.dummy import fill_with_random_weights
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.weights import load_weights, open_weights
@@ -21,12 +25,16 @@ from halimede.engine.runner.kv_cache import (
     check_max_model_len,
     size_kv_cache,
 )
-from halimede.engine.runner.memory import cpu_kv_bytes, gpu_kv_bytes
+from halimede.engine.runner.memory import available_memory, cpu_kv_bytes, gpu_kv_bytes
 from halimede.engine.runner.model_runner import ModelRunner
 from halimede.errors import EngineDeadError
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
 
 logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+# Of the memory that is available once the weights are loaded: the KV cache and the system need the rest.
+_SECOND_FORM_SHARE = 0.5
 
 
 class LocalExecutor:
@@ -90,7 +98,7 @@ def _load(
     else:
         with open_weights(files) as source:
             load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
-    model.prepare(device, dtype, max_model_len)
+    _prepare(model, device, dtype, max_model_len)
     logger.info(
         "loaded %s (%s) in %s on %s in %.1f s",
         files.reference,
@@ -100,3 +108,20 @@ def _load(
         time.monotonic() - start,
     )
     return model
+
+
+def _prepare(model: CausalLM, device: torch.device, dtype: torch.dtype, max_model_len: int) -> None:
+    """Lay the loaded weights out for the device, within its memory."""
+    activations = resolve_activation_dtype(dtype, device)
+    twice = True
+    if device.type == "cpu":
+        needed, available = model.second_form_bytes(activations), available_memory()
+        twice = needed <= _SECOND_FORM_SHARE * available
+        if not twice:
+            logger.warning(
+                "weights are kept in one form, which is slower: a second one needs %.1f GiB, more than "
+                "half of the %.1f GiB of memory that are available",
+                needed / _GIB,
+                available / _GIB,
+            )
+    model.prepare(device, activations, max_model_len, twice=twice)

@@ -19,10 +19,17 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = empty_parameter(vocab_size, hidden_size)
         self.scale = scale
+        self._dtype: torch.dtype | None = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Give out vectors of `dtype`; the weight stays as it is."""
+        self._dtype = dtype
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(T) int64 -> (T, hidden)."""
         vectors = F.embedding(input_ids, self.weight)
+        if self._dtype is not None:
+            vectors = vectors.to(self._dtype)
         if self.scale == 1.0:
             return vectors
-        return vectors.mul_(torch.tensor(self.scale, dtype=vectors.dtype, device="cpu").item())
+        return vectors.mul_(torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu").item())

@@ -24,20 +24,28 @@ class Linear(nn.Module):
         self.packed: torch.Tensor | None
         self.register_buffer("packed", None, persistent=False)
 
-    def prepare(self) -> None:
-        """On a CPU: lay the weight out as it is multiplied fastest; the plain one goes if unused."""
+    def prepare(self, dtype: torch.dtype, *, twice: bool = True) -> None:
+        """On a CPU: lay the weight out as it is multiplied fastest with activations of `dtype`.
+
+        twice: 16-bit weights may be kept in two forms, one for a single row and one for more. Otherwise only
+        in the one that is right for both.
+        """
         if self.weight.device.type != "cpu":
             return
-        self.packed = pack_weight(self.weight)
-        if self.packed is not None and self.weight.dtype == torch.float32:
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        widened = self.weight.dtype != dtype
+        if not twice and widened:
+            return
+        self.packed = pack_weight(self.weight, dtype)
+        if self.packed is not None and (self.weight.dtype == torch.float32 or not twice):
             self.weight = empty_parameter(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K_in) -> (..., N_out)."""
-        if self.packed is None:
+        if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
-        plain = self.weight if self.weight.shape[0] else None
-        return matmul(x, self.packed, plain, self.bias)
+        return matmul(x, self.packed, self.weight if self.weight.shape[0] else None, self.bias)
 
 
 class MergedLinear(Linear):

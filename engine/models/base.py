@@ -16,7 +16,7 @@ from halimede.engine.layers.rotary import RotaryEmbedding
 from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
-from halimede.engine.models.layer_trace import LayerTraces
+from halimede.engine.models.layer_trace import LayerKind, LayerTraces
 from halimede.kernels.attention_plan import AttentionPlan, plan_attention
 from halimede.kernels.kv_cache import cache_rows
 from halimede.kernels.rotary import RotaryFactors, rotary_factors
@@ -77,13 +77,15 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.embedding_scale)
         self.layers = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        windows = _windows_of(config)
+        self._windows = [windows.index(window) for window in config.sliding_windows]  # of each layer
         self._traces: LayerTraces | None = None
         self.rotary_emb = RotaryEmbedding(config.rope)
         self.rotary_emb_local = None if config.local_rope is None else RotaryEmbedding(config.local_rope)
 
     def prepare(self, device: torch.device, max_model_len: int) -> None:
         """Build the tables of the rotary embeddings for positions < max_model_len. The weights are loaded."""
-        self._traces = LayerTraces(self.layers) if device.type == "cpu" else None
+        self._traces = LayerTraces(self.layers, self._windows) if device.type == "cpu" else None
         for rotary_emb in (self.rotary_emb, self.rotary_emb_local):
             if rotary_emb is not None:
                 rotary_emb.prepare(device, max_model_len)
@@ -93,33 +95,48 @@ class Decoder(nn.Module):
         residual: torch.Tensor = self.embed_tokens(model_input.input_ids)
         if residual.shape[0] == 0:
             return residual
+        kinds = self._kinds(model_input, kv_caches[0])
+        num_kv_heads, block_size = kv_caches[0][0].shape[1:3]
+        kv_rows = cache_rows(model_input.attn.slot_mapping[:, None], num_kv_heads, block_size).flatten()
+        hidden_states: torch.Tensor | None = None
+        if self._traces is not None and not any(kind.plan.prefill for kind in kinds):
+            nothing = torch.zeros_like(residual)  # recorded layers all begin alike: something to add
+            hidden_states = self._traces.run(nothing, residual, kinds, kv_caches, kv_rows)
+        else:
+            for layer, window, kv_cache in zip(self.layers, self._windows, kv_caches, strict=True):
+                kind = kinds[window]
+                hidden_states = layer(hidden_states, residual, kind.rope, kv_cache, kv_rows, kind.plan)
+        assert hidden_states is not None, "a decoder has layers"
+        return self.norm.add(hidden_states, residual)
+
+    def _kinds(self, model_input: ModelInput, kv_cache: KVCache) -> list[LayerKind]:
+        """What the layers need to know of the step, once for each of the decoder's windows."""
         rope = local_rope = rotary_factors(*self.rotary_emb(model_input.positions))
         if self.rotary_emb_local is not None:
             local_rope = rotary_factors(*self.rotary_emb_local(model_input.positions))
-        windows = self.config.sliding_windows
-        plans = {window: _plan(model_input.attn, kv_caches[0], window) for window in set(windows)}
-        num_kv_heads, block_size = kv_caches[0][0].shape[1:3]
-        kv_rows = cache_rows(model_input.attn.slot_mapping[:, None], num_kv_heads, block_size).flatten()
-        inputs = [
-            (residual, rope if window is None else local_rope, kv_cache, kv_rows, plans[window])
-            for kv_cache, window in zip(kv_caches, windows, strict=True)
+        heads = self.config.num_attention_heads
+        return [
+            LayerKind(
+                rope if window is None else local_rope, _plan(model_input.attn, kv_cache, heads, window)
+            )
+            for window in _windows_of(self.config)
         ]
-        if self._traces is not None and not any(plan.prefill for plan in plans.values()):
-            with self._traces.replaying(residual.shape[0]):
-                hidden_states = self.layers[0](None, *inputs[0])
-                for index in range(1, len(self.layers)):
-                    hidden_states = self._traces.run(index, hidden_states, *inputs[index])
-        else:
-            hidden_states = None
-            for layer, arguments in zip(self.layers, inputs, strict=True):
-                hidden_states = layer(hidden_states, *arguments)
-        return self.norm.add(hidden_states, residual)
 
 
-def _plan(attn: AttentionMetadata, kv_cache: KVCache, window: int | None) -> AttentionPlan:
+def _windows_of(config: ModelConfig) -> list[int | None]:
+    """The different sliding windows of a model, in the order of the first layer that has it."""
+    return list(dict.fromkeys(config.sliding_windows))
+
+
+def _plan(attn: AttentionMetadata, kv_cache: KVCache, num_heads: int, window: int | None) -> AttentionPlan:
     """What attention needs to know of the step, worked out once for all layers with the same window."""
     return plan_attention(
-        attn.block_tables, attn.query_start_loc, attn.seq_lens, k_cache=kv_cache[0], sliding_window=window
+        attn.block_tables,
+        attn.query_start_loc,
+        attn.seq_lens,
+        num_heads=num_heads,
+        k_cache=kv_cache[0],
+        sliding_window=window,
     )
 
 
@@ -171,15 +188,25 @@ class CausalLM(nn.Module):
         """What parameter `name` (or its part) is filled with, from the checkpoint's tensor."""
         return tensor
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, max_model_len: int) -> None:
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, max_model_len: int, *, twice: bool = True
+    ) -> None:
         """Build what is computed, not loaded: tables for positions < max_model_len, the layouts of weights.
 
-        Call after loading.
+        Call after loading. dtype: of activations, the weights' or wider. twice: see Linear.prepare.
         """
         for module in self.modules():
             if isinstance(module, Linear):
-                module.prepare()
+                module.prepare(dtype, twice=twice)
+            elif isinstance(module, Embedding | RMSNorm):
+                module.prepare(dtype)
         self.model.prepare(device, max_model_len)
+
+    def second_form_bytes(self, dtype: torch.dtype) -> int:
+        """What keeping weights in two forms costs a CPU, with activations of `dtype`."""
+        linears = (module for module in self.modules() if isinstance(module, Linear))
+        sizes = (linear.weight.numel() for linear in linears if linear.weight.dtype.itemsize == 2)
+        return sum(sizes) * dtype.itemsize
 
     def forward(self, model_input: ModelInput, kv_caches: Sequence[KVCache]) -> torch.Tensor:
         """One step: hidden states (T, hidden) of its tokens; their keys and values go to kv_caches."""

@@ -28,6 +28,7 @@ class Step:
             self.block_tables,
             self.query_start_loc,
             self.seq_lens,
+            num_heads=self.q.shape[1],
             k_cache=self.k_cache,
             sliding_window=window,
         )
@@ -54,6 +55,7 @@ def make_step(
     head_dim: int = 16,
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    q_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Step:
     """rows: (query tokens, sequence length) of each. Blocks are shuffled; unused slots and blocks are NaN."""
@@ -73,7 +75,7 @@ def make_step(
     counts = torch.tensor([0, *(count for count, _ in rows)], dtype=torch.int32)
     starts = counts.cumsum(0, dtype=torch.int32)
     # q is a slice of a fused projection.
-    q = torch.randn(int(starts[-1]), heads + 3, head_dim, generator=generator).to(dtype)[:, :heads]
+    q = torch.randn(int(starts[-1]), heads + 3, head_dim, generator=generator).to(q_dtype or dtype)[:, :heads]
     seq_lens = torch.tensor([seq_len for _, seq_len in rows], dtype=torch.int32)
     return Step(q, k_cache, v_cache, block_tables, starts, seq_lens)
 
@@ -111,6 +113,18 @@ def test_head_groups_and_dtypes(heads: int, kv_heads: int, head_dim: int, dtype:
     assert_kernel_close(step.run(7, scale), step.reference(7, scale), "attention")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [ROWS["decode"], ROWS["mixed"], [(1, 45)]], ids=["decode", "mixed", "one"])
+def test_queries_wider_than_the_cache(rows: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    step = make_step(rows, heads=6, dtype=dtype, q_dtype=torch.float32)
+    for window in (None, 7):
+        output = step.run(window)
+        assert output.dtype == torch.float32
+        # Only decoding of several rows rounds anything: the weights.
+        op = "attention" if len(rows) == 1 else f"attention over {dtype}"
+        assert_kernel_close(output, step.reference(window), op)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_contexts_sum_in_float32(dtype: torch.dtype) -> None:
     step = make_step([(1, 3000), (1, 20), (4, 2000)], heads=2, kv_heads=1, head_dim=64, dtype=dtype)
@@ -130,14 +144,16 @@ def test_splitting_into_batches_and_tiles_changes_nothing(
 
 def test_decode_rows_go_together_and_prefill_tiles_are_bounded() -> None:
     step = make_step([(1, 9), (1, 50), (6, 30), (1, 1)])
-    plan = plan_attention(step.block_tables, step.query_start_loc, step.seq_lens, k_cache=step.k_cache)
+    plan = plan_attention(
+        step.block_tables, step.query_start_loc, step.seq_lens, num_heads=4, k_cache=step.k_cache
+    )
     assert len(plan.decode) == 1
     assert plan.decode[0].tokens is not None
     assert plan.decode[0].tokens.tolist() == [0, 1, 8]
     assert len(plan.prefill) == 1
     cache = torch.empty(600, 1, 16, 4)
     tables = torch.arange(600, dtype=torch.int32)[None]
-    long = plan_attention(tables, torch.tensor([0, 8192]), torch.tensor([8192]), k_cache=cache)
+    long = plan_attention(tables, torch.tensor([0, 8192]), torch.tensor([8192]), num_heads=1, k_cache=cache)
     tiles = long.prefill[0].tiles
     assert [tiles[0].start, tiles[-1].stop] == [0, 8192]
     assert all((tile.stop - tile.start) * (tile.last_key - tile.first_key) <= 1 << 22 for tile in tiles)
@@ -146,7 +162,12 @@ def test_decode_rows_go_together_and_prefill_tiles_are_bounded() -> None:
 def test_a_window_reads_no_more_than_it_sees() -> None:
     step = make_step([(1, 90), (10, 90)])
     plan = plan_attention(
-        step.block_tables, step.query_start_loc, step.seq_lens, k_cache=step.k_cache, sliding_window=8
+        step.block_tables,
+        step.query_start_loc,
+        step.seq_lens,
+        num_heads=4,
+        k_cache=step.k_cache,
+        sliding_window=8,
     )
     assert plan.decode[0].cache_rows.shape == (2 * 8,)
     assert plan.prefill[0].cache_rows.shape == (2 * 17,)
@@ -163,13 +184,17 @@ def test_runs_under_inference_mode_and_leaves_the_caches_alone() -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     step = make_step([(4, 4)])
-    plan = plan_attention(step.block_tables, step.query_start_loc, step.seq_lens, k_cache=step.k_cache)
+    plan = plan_attention(
+        step.block_tables, step.query_start_loc, step.seq_lens, num_heads=4, k_cache=step.k_cache
+    )
     with pytest.raises(AssertionError, match="do not share"):
         paged_attention(step.q[:, :3], step.k_cache, step.v_cache, plan, 1.0)
     with pytest.raises(AssertionError, match="head_dim"):
         paged_attention(step.q[..., :8], step.k_cache, step.v_cache, plan, 1.0)
     with pytest.raises(AssertionError, match="only 2 long"):
-        plan_attention(step.block_tables, step.query_start_loc, torch.tensor([2]), k_cache=step.k_cache)
+        plan_attention(
+            step.block_tables, step.query_start_loc, torch.tensor([2]), num_heads=4, k_cache=step.k_cache
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

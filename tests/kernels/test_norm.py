@@ -4,7 +4,13 @@ import pytest
 import torch
 from tolerances import assert_kernel_close
 
-from halimede.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from halimede.kernels.norm import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    doubled_weight,
+    rms_norm,
+    rms_norm_reference,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (3, 7), (5, 64), (2, 577), (4, 3, 24), (0, 8))
@@ -20,19 +26,23 @@ def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = _random(*shape, dtype=dtype), _random(shape[-1], dtype=dtype, seed=1)
     before = x.clone()
-    assert_kernel_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6), "norm")
+    for doubled in (None, doubled_weight(weight)):
+        actual = rms_norm(x, weight, 1e-6, doubled)
+        assert_kernel_close(actual, rms_norm_reference(x, weight, 1e-6), "norm")
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) == 2])
 def test_add_rms_norm_changes_the_residual_and_nothing_else(
-    shape: tuple[int, ...], dtype: torch.dtype
+    shape: tuple[int, ...], dtype: torch.dtype, few: bool
 ) -> None:
     x, residual = _random(*shape, dtype=dtype), _random(*shape, dtype=dtype, seed=1)
     weight, before = _random(shape[-1], dtype=dtype, seed=2), x.clone()
     expected, total = add_rms_norm_reference(x, residual, weight, 1e-5)
-    assert_kernel_close(add_rms_norm(x, residual, weight, 1e-5), expected, "norm")
+    doubled = doubled_weight(weight) if few else None
+    assert_kernel_close(add_rms_norm(x, residual, weight, 1e-5, doubled), expected, "norm")
     assert torch.equal(residual, total)
     assert torch.equal(x, before)
 
@@ -50,6 +60,10 @@ def test_a_float32_weight_is_not_rounded_and_neither_is_the_norm_before_the_prod
 
     assert rms_norm(x, weight, 1e-6).dtype == dtype
     assert differing(rms_norm(x, weight, 1e-6)) < 1e-3
+    assert (
+        differing(torch.cat([rms_norm(row, weight, 1e-6, doubled_weight(weight)) for row in x.split(16)]))
+        < 1e-3
+    )
     assert differing(add_rms_norm(torch.zeros_like(x), x.clone(), weight, 1e-6)) < 1e-3
     assert differing(rms_norm(x, weight.to(dtype), 1e-6)) > 0.1
 

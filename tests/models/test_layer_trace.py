@@ -43,7 +43,7 @@ def test_recorded_layers_give_the_same_tokens(
 
     def watched(self: LayerTraces, *arguments: Any) -> torch.Tensor:
         output = original(self, *arguments)
-        forms.update(form[0] for form, replay in self._traces.items() if replay is not None)
+        forms.update(form.size for form, replay in self._traces.items() if replay is not None)
         return output
 
     monkeypatch.setattr(LayerTraces, "run", watched)

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from halimede.engine.executor import device as device_module
-from halimede.engine.executor.device import cpu_has_bfloat16, resolve_device, resolve_dtype
+from halimede.engine.executor.device import (
+    cpu_has_bfloat16,
+    resolve_activation_dtype,
+    resolve_device,
+    resolve_dtype,
+)
 from halimede.errors import ConfigError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -41,9 +46,11 @@ def test_bad_devices(name: str) -> None:
         (True, torch.bfloat16, torch.bfloat16),
         (True, torch.float16, torch.bfloat16),
         (True, torch.float32, torch.float32),
-        (True, None, torch.float32),
-        (False, torch.bfloat16, torch.float32),
-        (False, torch.float16, torch.float32),
+        (True, None, torch.bfloat16),
+        (False, torch.bfloat16, torch.bfloat16),
+        (False, torch.float16, torch.float16),
+        (False, torch.float32, torch.float32),
+        (False, None, torch.float16),
     ],
 )
 def test_auto_dtype_on_a_cpu(
@@ -51,6 +58,18 @@ def test_auto_dtype_on_a_cpu(
 ) -> None:
     monkeypatch.setattr(device_module, "cpu_has_bfloat16", lambda: native)
     assert resolve_dtype("auto", checkpoint, CPU) == expected
+    if expected == torch.float16:
+        assert resolve_dtype("auto", checkpoint, CPU, no_float16_for="G") == torch.bfloat16
+
+
+def test_what_a_dtype_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, computed in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(device_module, "cpu_has_bfloat16", lambda native=native: native)
+        assert resolve_activation_dtype(torch.bfloat16, CPU) == computed
+        assert resolve_activation_dtype(torch.float16, CPU) == torch.float32
+        assert resolve_activation_dtype(torch.float32, CPU) == torch.float32
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert resolve_activation_dtype(dtype, GPU) == dtype
 
 
 @pytest.mark.parametrize(
