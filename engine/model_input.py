@@ -30,14 +30,29 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputRows:
+    """The rows whose last token's hidden state a step is run for, seen as rows of one token each.
+
+    Of the last layer nothing else is needed but keys and values. block_tables (S, max_blocks) int32,
+    query_start_loc (S + 1) int32, seq_lens (S) int32: as in AttentionMetadata.
+    """
+
+    block_tables: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInput:
     """One step of the model.
 
     input_ids (T) int64, positions (T) int64.
     logits_indices (S) int64: the last token of each of the S <= R rows that sample, in row order.
+    outputs: the rows that sample, if only the hidden states of logits_indices are wanted; None: all (T).
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     logits_indices: torch.Tensor
     attn: AttentionMetadata
+    outputs: OutputRows | None = None

@@ -10,9 +10,9 @@ one kv head are a dimension of their own against a broadcast k and v, which on a
 than SDPA's enable_gqa. SDPA accumulates in float32 whatever the dtype. Where q is wider than the cache, what
 is gathered is widened first.
 
-On a CPU several rows of decoding do without SDPA. The weighted sum of values that lie about in a cache is what
-embedding_bag computes, so they need not be gathered: half of the time at 32 rows. Scores are float32 there,
-and the weights are rounded to the cache's dtype.
+On a CPU several rows of decoding do without SDPA. The weighted sum of values that lie about in a cache is
+what embedding_bag computes, so they need not be gathered: half of the time at 32 rows. Scores are float32
+there, and the weights are rounded to the cache's dtype.
 """
 
 import torch
@@ -117,7 +117,7 @@ def _attend_in_bags(
 def _gather(
     cache: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor, wide: torch.Tensor
 ) -> torch.Tensor:
-    """Rows of a cache (N * K * B, D) in `dtype`, its own or float32, put into memory and, if need be, wide."""
+    """Rows of a cache (N * K * B, D) in `dtype`, its own or float32; they lie in memory, or in wide."""
     size = rows.shape[0]
     gathered = torch.index_select(cache, 0, rows, out=memory[:size])
     return gathered if gathered.dtype == dtype else wide[:size].copy_(gathered)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-# Elements of a weight that are widened at once: 4 MiB of float32, which stay in the cache until they are used.
+# Elements of a weight that are widened at once: 4 MiB of float32, still in the cache when they are used.
 _WIDENED_ELEMENTS = 1 << 20
 
 

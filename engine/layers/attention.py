@@ -47,10 +47,12 @@ class SelfAttention(nn.Module):
         kv_cache: KVCache,
         kv_rows: torch.Tensor,
         plan: AttentionPlan,
+        tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(T, hidden) -> (T, hidden); writes the tokens' keys and values to the cache before reading it.
 
         kv_rows (T * K): where they go, see write_kv.
+        tokens (O) int64: those whose attention is wanted and the plan is made for; the result is (O, hidden).
         """
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv: torch.Tensor = self.qkv_proj(hidden_states)
@@ -63,6 +65,10 @@ class SelfAttention(nn.Module):
             apply_rotary(q, rope)
             apply_rotary(k, rope)
         write_kv(k, v, *kv_cache, kv_rows)
+        if tokens is not None:
+            q = q[tokens]
+            if q.shape[0] == 0:
+                return hidden_states[:0]
         context = paged_attention(q, *kv_cache, plan, self.scale)
         output: torch.Tensor = self.o_proj(context.view(-1, heads * self.head_dim))
         return output

@@ -13,7 +13,7 @@ from halimede.engine.layers.linear import Linear
 from halimede.engine.layers.mlp import GatedMLP
 from halimede.engine.layers.norm import RMSNorm
 from halimede.engine.layers.rotary import RotaryEmbedding
-from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput
+from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput, OutputRows
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.layer_trace import LayerKind, LayerTraces
@@ -60,11 +60,28 @@ class DecoderLayer(nn.Module):
         hidden_states (T, hidden): the last layer's output, not yet in the residual; None for the first.
         Returns this layer's output, for the next norm to add.
         """
+        attended = self.attend(hidden_states, residual, rope, kv_cache, kv_rows, plan)
+        return self.feed_forward(attended, residual)
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor | None,
+        residual: torch.Tensor,
+        rope: RotaryFactors,
+        kv_cache: KVCache,
+        kv_rows: torch.Tensor,
+        plan: AttentionPlan,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The first half of `forward`. tokens (O): see SelfAttention; the result is (O, hidden) then."""
         norm = self.input_layernorm
         hidden_states = norm(residual) if hidden_states is None else norm.add(hidden_states, residual)
-        hidden_states = self.self_attn(hidden_states, rope, kv_cache, kv_rows, plan)
-        hidden_states = self.post_attention_layernorm.add(hidden_states, residual)
-        output: torch.Tensor = self.mlp(hidden_states)
+        attended: torch.Tensor = self.self_attn(hidden_states, rope, kv_cache, kv_rows, plan, tokens)
+        return attended
+
+    def feed_forward(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The second half: adds `attended` (T, hidden) to the residual, returns the layer's output."""
+        output: torch.Tensor = self.mlp(self.post_attention_layernorm.add(attended, residual))
         return output
 
 
@@ -91,7 +108,10 @@ class Decoder(nn.Module):
                 rotary_emb.prepare(device, max_model_len)
 
     def forward(self, model_input: ModelInput, kv_caches: Sequence[KVCache]) -> torch.Tensor:
-        """One step: (T) tokens to (T, hidden). kv_caches: one per layer, read and written."""
+        """One step: (T) tokens to (T, hidden), or (S, hidden) of the model_input's outputs.
+
+        kv_caches: one per layer, read and written.
+        """
         residual: torch.Tensor = self.embed_tokens(model_input.input_ids)
         if residual.shape[0] == 0:
             return residual
@@ -103,11 +123,43 @@ class Decoder(nn.Module):
             nothing = torch.zeros_like(residual)  # recorded layers all begin alike: something to add
             hidden_states = self._traces.run(nothing, residual, kinds, kv_caches, kv_rows)
         else:
-            for layer, window, kv_cache in zip(self.layers, self._windows, kv_caches, strict=True):
-                kind = kinds[window]
-                hidden_states = layer(hidden_states, residual, kind.rope, kv_cache, kv_rows, kind.plan)
+            full = len(self.layers) - (model_input.outputs is not None)
+            for index in range(full):
+                kind = kinds[self._windows[index]]
+                hidden_states = self.layers[index](
+                    hidden_states, residual, kind.rope, kv_caches[index], kv_rows, kind.plan
+                )
+            if model_input.outputs is not None:
+                return self._finish(
+                    hidden_states, residual, model_input, model_input.outputs, kinds, kv_caches[-1], kv_rows
+                )
         assert hidden_states is not None, "a decoder has layers"
-        return self.norm.add(hidden_states, residual)
+        normed = self.norm.add(hidden_states, residual)
+        return normed if model_input.outputs is None else normed[model_input.logits_indices]
+
+    def _finish(
+        self,
+        hidden_states: torch.Tensor | None,
+        residual: torch.Tensor,
+        model_input: ModelInput,
+        outputs: OutputRows,
+        kinds: Sequence[LayerKind],
+        kv_cache: KVCache,
+        kv_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """The last layer and the norm for the tokens that are sampled from: (S, hidden).
+
+        Of a prompt's other tokens only keys and values are needed: most of a layer's work is saved.
+        """
+        layer: DecoderLayer = self.layers[-1]  # type: ignore[assignment]
+        tokens, rope = model_input.logits_indices, kinds[self._windows[-1]].rope
+        heads, window = self.config.num_attention_heads, self.config.sliding_windows[-1]
+        plan = _plan(outputs, kv_cache, heads, window)
+        attended = layer.attend(hidden_states, residual, rope, kv_cache, kv_rows, plan, tokens)
+        if attended.shape[0] == 0:
+            return attended
+        residual = residual[tokens]
+        return self.norm.add(layer.feed_forward(attended, residual), residual)
 
     def _kinds(self, model_input: ModelInput, kv_cache: KVCache) -> list[LayerKind]:
         """What the layers need to know of the step, once for each of the decoder's windows."""
@@ -128,7 +180,9 @@ def _windows_of(config: ModelConfig) -> list[int | None]:
     return list(dict.fromkeys(config.sliding_windows))
 
 
-def _plan(attn: AttentionMetadata, kv_cache: KVCache, num_heads: int, window: int | None) -> AttentionPlan:
+def _plan(
+    attn: AttentionMetadata | OutputRows, kv_cache: KVCache, num_heads: int, window: int | None
+) -> AttentionPlan:
     """What attention needs to know of the step, worked out once for all layers with the same window."""
     return plan_attention(
         attn.block_tables,
@@ -209,7 +263,10 @@ class CausalLM(nn.Module):
         return sum(sizes) * dtype.itemsize
 
     def forward(self, model_input: ModelInput, kv_caches: Sequence[KVCache]) -> torch.Tensor:
-        """One step: hidden states (T, hidden) of its tokens; their keys and values go to kv_caches."""
+        """One step: hidden states (T, hidden) of its tokens, or (S, hidden) of its outputs.
+
+        The tokens' keys and values go to kv_caches.
+        """
         hidden_states: torch.Tensor = self.model(model_input, kv_caches)
         return hidden_states
 

@@ -8,15 +8,12 @@ from typing import Any, ClassVar
 import torch
 
 from halimede.engine.layers.norm import RMSNorm
-from halimede.engine.model_input import KVCache
 from halimede.engine.models.base import CausalLM, DecoderLayer
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.rope_fields import read_ropes_by_layer_type
 from halimede.engine.models.window_fields import windows_by_type
 from halimede.errors import UnsupportedModelError
-from halimede.kernels.attention_plan import AttentionPlan
-from halimede.kernels.rotary import RotaryFactors
 
 # What transformers assumes of a field that is not there; Google's config.json files leave most of them out.
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -61,21 +58,10 @@ class Gemma3DecoderLayer(DecoderLayer):
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor | None,
-        residual: torch.Tensor,
-        rope: RotaryFactors,
-        kv_cache: KVCache,
-        kv_rows: torch.Tensor,
-        plan: AttentionPlan,
-    ) -> torch.Tensor:
-        """As DecoderLayer.forward."""
-        norm = self.input_layernorm
-        hidden_states = norm(residual) if hidden_states is None else norm.add(hidden_states, residual)
-        hidden_states = self.self_attn(hidden_states, rope, kv_cache, kv_rows, plan)
-        hidden_states = self.post_attention_layernorm(hidden_states)
-        hidden_states = self.pre_feedforward_layernorm.add(hidden_states, residual)
+    def feed_forward(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """As DecoderLayer.feed_forward."""
+        attended = self.post_attention_layernorm(attended)
+        hidden_states = self.pre_feedforward_layernorm.add(attended, residual)
         output: torch.Tensor = self.post_feedforward_layernorm(self.mlp(hidden_states))
         return output
 

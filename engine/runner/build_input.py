@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from halimede.engine.model_input import AttentionMetadata, ModelInput
+from halimede.engine.model_input import AttentionMetadata, ModelInput, OutputRows
 from halimede.engine.runner.sequence_state import SequenceState
 from halimede.scheduler.output import ScheduledSequence
 
@@ -17,10 +17,12 @@ def build_model_input(
     *,
     block_size: int,
     device: torch.device,
+    all_hidden_states: bool = False,
 ) -> ModelInput:
     """The ModelInput of a step of R >= 1 sequences; states[r] belongs to scheduled[r].
 
-    Each state must already hold the step's new blocks.
+    Each state must already hold the step's new blocks. all_hidden_states: of every token, not only of those
+    that are sampled from.
     """
     rows = len(scheduled)
     query_lens = np.fromiter((len(s.token_ids) for s in scheduled), dtype=np.int64, count=rows)
@@ -38,7 +40,13 @@ def build_model_input(
         block_tables[row_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
     )
     sampled = np.fromiter((s.needs_sample for s in scheduled), dtype=np.bool_, count=rows)
-
+    outputs = None
+    if not all_hidden_states and num_tokens > sampled.sum():
+        outputs = OutputRows(
+            block_tables=_to_device(block_tables[sampled], device),
+            query_start_loc=_to_device(np.arange(sampled.sum() + 1, dtype=np.int32), device),
+            seq_lens=_to_device(seq_lens[sampled].astype(np.int32), device),
+        )
     return ModelInput(
         input_ids=_to_device(input_ids, device),
         positions=_to_device(positions, device),
@@ -51,6 +59,7 @@ def build_model_input(
             max_query_len=int(query_lens.max()),
             max_seq_len=int(seq_lens.max()),
         ),
+        outputs=outputs,
     )
 
 

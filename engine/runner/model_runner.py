@@ -45,7 +45,11 @@ class ModelRunner:
             return ModelRunnerOutput({})
         states = [self._update_state(scheduled) for scheduled in output.scheduled]
         model_input = build_model_input(
-            output.scheduled, states, block_size=self._block_size, device=self._device
+            output.scheduled,
+            states,
+            block_size=self._block_size,
+            device=self._device,
+            all_hidden_states=any(_wants_prompt_logprobs(state) for state in states),
         )
         hidden_states = self._model(model_input, self._kv_caches)
         prompt_logprobs = dict(self._prompt_logprobs(output.scheduled, states, hidden_states))
@@ -74,7 +78,9 @@ class ModelRunner:
     ) -> ModelRunnerOutput:
         if not sampling:
             return ModelRunnerOutput({}, prompt_logprobs=prompt_logprobs)
-        logits = self._model.compute_logits(hidden_states[model_input.logits_indices])
+        if model_input.outputs is None:
+            hidden_states = hidden_states[model_input.logits_indices]
+        logits = self._model.compute_logits(hidden_states)
         metadata = build_sampling_metadata(
             [state for _, state in sampling], vocab_size=self._vocab_size, device=self._device
         )
@@ -110,3 +116,7 @@ class ModelRunner:
                 tokens = torch.tensor(piece, dtype=torch.int64).to(self._device)
                 entries += token_logprobs(logits, tokens, [num_logprobs] * len(piece))
             yield chunk.seq_id, tuple(entries)
+
+
+def _wants_prompt_logprobs(state: SequenceState) -> bool:
+    return state.request.sampling_params.prompt_logprobs is not None
