@@ -1,5 +1,6 @@
 """Every architecture and option against transformers, whole, in chunks, token by token and batched."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tiny_models import (
 )
 from tolerances import MODEL_LOGITS
 
+from halimede.engine.model_input import OutputRows
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.registry import SUPPORTED_ARCHITECTURES
 
@@ -142,3 +144,44 @@ def test_the_window_of_a_variant_matters(tmp_path: Path) -> None:
 
 def test_every_architecture_has_a_variant() -> None:
     assert {architecture for architecture, _ in VARIANTS.values()} == set(SUPPORTED_ARCHITECTURES)
+
+
+@pytest.mark.parametrize("sampled", [(), (1,), (0, 2), (0, 1, 2, 3)])
+def test_the_last_layer_runs_for_the_rows_that_sample(model: CausalLM, sampled: tuple[int, ...]) -> None:
+    """Their hidden states are those of a run that gives all, and the caches are the same."""
+    rows = [
+        RowInput(_tokens(20), 0, [3, 1]),
+        RowInput(_tokens(33, seed=1), 0, [4, 2, 7]),
+        RowInput(_tokens(1, seed=2), 0, [5]),
+        RowInput(_tokens(9, seed=3), 0, [6]),
+    ]
+    whole = make_model_input(rows, 16)
+    last = torch.tensor([sum(len(r.token_ids) for r in rows[: row + 1]) - 1 for row in sampled]).long()
+    attn = whole.attn
+    outputs = OutputRows(
+        attn.block_tables[list(sampled)],
+        torch.arange(len(sampled) + 1, dtype=torch.int32),
+        attn.seq_lens[list(sampled)],
+    )
+    caches = [make_kv_caches(model, 8, 16) for _ in range(2)]
+    with torch.inference_mode():
+        expected = model(whole, caches[0])[last]
+        actual = model(replace(whole, logits_indices=last, outputs=outputs), caches[1])
+    assert actual.shape == (len(sampled), model.config.hidden_size)
+    _assert_logits(actual, expected)
+    for (k, v), (other_k, other_v) in zip(*caches, strict=True):
+        assert torch.equal(k, other_k)
+        assert torch.equal(v, other_v)
+
+
+def test_single_tokens_of_which_some_sample(model: CausalLM) -> None:
+    """A step that is recorded as decoding gives the same rows."""
+    rows = [RowInput(_tokens(1, seed=i), 0, [i + 1]) for i in range(3)]
+    whole = make_model_input(rows, 16)
+    last = torch.tensor([0, 2])
+    attn = whole.attn
+    outputs = OutputRows(attn.block_tables[last], torch.arange(3, dtype=torch.int32), attn.seq_lens[last])
+    with torch.inference_mode():
+        expected = model(whole, make_kv_caches(model, 4, 16))[last]
+        step = replace(whole, logits_indices=last, outputs=outputs)
+        _assert_logits(model(step, make_kv_caches(model, 4, 16)), expected)

@@ -67,6 +67,20 @@ def test_against_a_naive_construction(block_size: int) -> None:
             assert tensor.dtype == dtype
         assert found.attn.max_query_len == max(len(s.token_ids) for s in scheduled)
         assert found.attn.max_seq_len == max(lens)
+        assert (
+            build_model_input(
+                scheduled, states, block_size=block_size, device=CPU, all_hidden_states=True
+            ).outputs
+            is None
+        )
+        if len(wanted) == len(ids):
+            assert found.outputs is None
+            continue
+        sampled = [row for row, s in enumerate(scheduled) if s.needs_sample]
+        assert found.outputs is not None
+        assert found.outputs.block_tables.tolist() == [tables[row] for row in sampled]
+        assert found.outputs.query_start_loc.tolist() == list(range(len(sampled) + 1))
+        assert found.outputs.seq_lens.tolist() == [lens[row] for row in sampled]
 
 
 def test_too_few_blocks_are_noticed() -> None:

@@ -12,8 +12,11 @@ from sampling_reference import new_sequence
 from tiny_models import read_config, reference_logits, write_tiny_checkpoint
 
 from halimede.engine.config import EngineConfig
+from halimede.engine.executor import device, local
 from halimede.engine.executor.base import Executor
+from halimede.engine.executor.device import cpu_has_bfloat16
 from halimede.engine.executor.local import LocalExecutor
+from halimede.engine.layers.linear import Linear
 from halimede.engine.loader.resolve import resolve_model
 from halimede.engine.models.base import CausalLM
 from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
@@ -68,6 +71,32 @@ def test_dtypes(checkpoint: Path, dtype: str) -> None:
     assert executor._runner is not None
     assert executor._runner._kv_caches[0][0].dtype == executor.dtype
     assert len(executor.execute(prefill()).sampled_token_ids) == 1
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_kept_once_where_memory_is_short(
+    checkpoint: Path,
+    dtype: str,
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: native)
+    outputs = []
+    for available in (1 << 40, 1 << 10):
+        monkeypatch.setattr(local, "available_memory", lambda available=available: available)
+        caplog.clear()
+        executor = make(checkpoint, dtype=dtype, max_model_len=32)
+        assert executor._runner is not None
+        linears = [m for m in executor._runner._model.modules() if isinstance(m, Linear)]
+        forms = {(bool(m.weight.numel()), m.packed is not None) for m in linears}
+        short = available < 1 << 20
+        assert ("kept in one form" in caplog.text) is short
+        assert len(forms) == 1
+        assert sum(forms.pop()) == (1 if short else 2) or (native and not cpu_has_bfloat16())
+        outputs.append(executor.execute(prefill()).sampled_token_ids)
+    assert outputs[0] == outputs[1]
 
 
 def test_the_default_size_is_what_the_sequences_can_use(checkpoint: Path) -> None:
