@@ -34,27 +34,9 @@ def load_tokenizer(config: EngineConfig, files: ModelFiles) -> "PreTrainedTokeni
         from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
 
         return load_gguf_tokenizer(Path(source))
-    return _load_from_transformers(source, config)
+    from halimede.engine.loader.hf_tokenizer import load_hf_tokenizer
 
-
-def _load_from_transformers(source: str, config: EngineConfig) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            source,
-            revision=config.tokenizer_revision if config.tokenizer else None,
-            token=config.hf_token,
-            cache_dir=config.download_dir,
-            trust_remote_code=config.trust_remote_code,
-        )
-    # transformers raises whatever its parsers raise: OSError, ValueError, KeyError, bare Exception.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelLoadError(
-            f"the tokenizer in {source} cannot be loaded ({reason}); check its tokenizer files, or pass "
-            "tokenizer=... to use another one"
-        ) from error
+    return load_hf_tokenizer(source, config)
 
 
 class IncrementalDetokenizer:
