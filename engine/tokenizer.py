@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from halimede.collection import pause_collection
 from halimede.engine.config import EngineConfig
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.errors import ModelLoadError
@@ -30,13 +31,14 @@ def load_tokenizer(config: EngineConfig, files: ModelFiles) -> "PreTrainedTokeni
     source = config.tokenizer if config.tokenizer is not None else str(files.tokenizer_path)
     if source.startswith("~"):
         source = os.path.expanduser(source)
-    if source.endswith(".gguf"):
-        from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
+    with pause_collection():
+        if source.endswith(".gguf"):
+            from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(Path(source))
-    from halimede.engine.loader.hf_tokenizer import load_hf_tokenizer
+            return load_gguf_tokenizer(Path(source))
+        from halimede.engine.loader.hf_tokenizer import load_hf_tokenizer
 
-    return load_hf_tokenizer(source, config)
+        return load_hf_tokenizer(source, config)
 
 
 class IncrementalDetokenizer:
