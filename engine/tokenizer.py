@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from halimede.collection import pause_collection
 from halimede.engine.config import EngineConfig
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.errors import ModelLoadError
@@ -30,31 +31,14 @@ def load_tokenizer(config: EngineConfig, files: ModelFiles) -> "PreTrainedTokeni
     source = config.tokenizer if config.tokenizer is not None else str(files.tokenizer_path)
     if source.startswith("~"):
         source = os.path.expanduser(source)
-    if source.endswith(".gguf"):
-        from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
+    with pause_collection():
+        if source.endswith(".gguf"):
+            from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(Path(source))
-    return _load_from_transformers(source, config)
+            return load_gguf_tokenizer(Path(source))
+        from halimede.engine.loader.hf_tokenizer import load_hf_tokenizer
 
-
-def _load_from_transformers(source: str, config: EngineConfig) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            source,
-            revision=config.tokenizer_revision if config.tokenizer else None,
-            token=config.hf_token,
-            cache_dir=config.download_dir,
-            trust_remote_code=config.trust_remote_code,
-        )
-    # transformers raises whatever its parsers raise: OSError, ValueError, KeyError, bare Exception.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelLoadError(
-            f"the tokenizer in {source} cannot be loaded ({reason}); check its tokenizer files, or pass "
-            "tokenizer=... to use another one"
-        ) from error
+        return load_hf_tokenizer(source, config)
 
 
 class IncrementalDetokenizer:

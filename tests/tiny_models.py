@@ -142,7 +142,7 @@ def write_tiny_checkpoint(
         del weights["lm_head.weight"]
     _write_weights(directory, weights, shards, format)
     if tokenizer:
-        _write_tokenizer(directory, config.vocab_size)
+        _write_tokenizer(directory, config.get_text_config().vocab_size)
     return directory
 
 

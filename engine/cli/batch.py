@@ -87,7 +87,7 @@ def _run(
     if done:
         print(f"{done} of {total} lines have results already", file=sys.stderr)
     if done < total:
-        from halimede.engine.llm import LLM
+        from halimede import LLM
 
         with LLM(model, **engine) as llm:
             job.run(llm, served_model_names=names, show_progress=show_progress)

@@ -155,7 +155,7 @@ for _command in (throughput, latency, startup):
 
 
 def _open(model: str, engine: Mapping[str, Any], disable_detokenize: bool) -> "LLM":
-    from halimede.engine.llm import LLM
+    from halimede import LLM
 
     return LLM(model, **engine, skip_tokenizer_init=_skips_tokenizer(engine, disable_detokenize))
 

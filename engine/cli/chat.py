@@ -38,7 +38,7 @@ def chat(
     SamplingParams(**sampling)
     EngineConfig(model=model, **engine)
 
-    from halimede.engine.llm import LLM
+    from halimede import LLM
 
     with LLM(model, **engine) as llm:
         if not has_chat_template(llm):

@@ -72,7 +72,7 @@ def generate(
     SamplingParams(**sampling)
     EngineConfig(model=model, **engine)
 
-    from halimede.engine.llm import LLM
+    from halimede import LLM
 
     with LLM(model, **engine) as llm:
         params = llm.get_default_sampling_params().replace(**{"max_tokens": None, **sampling})

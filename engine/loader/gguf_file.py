@@ -60,7 +60,7 @@ class GgufFile:
         value = self._array(key) if self._is_array(key) else self._scalar(key)
         if isinstance(value, list) and kind is float:
             value = [float(item) if type(item) is int else item for item in value]
-        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= {kind}:
             raise ModelLoadError(
                 f"{self.path}: {key} is {_shorten(value)}, but should be an array of {kind.__name__}; "
                 "convert the model to GGUF again"
@@ -90,7 +90,7 @@ class GgufFile:
         field = self._reader.fields[key]
         try:
             if field.types[-1] == GGUFValueType.STRING:
-                return list(strings(field))
+                return strings(field)
         except UnicodeDecodeError as error:
             raise self._not_text(key, error) from error
         return list(field.parts[-1].tolist())

@@ -51,23 +51,24 @@ class CheckedReader(GGUFReader):
 
     def _end_of_strings(self, start: int, count: int) -> int:
         data, size = self.data.data, len(self.data)
-        end = start
+        end, unpack = start, _LENGTH.unpack_from
         for _ in range(count):
             if end + 8 > size:
                 raise EOFError(
                     f"an array of {count} strings at byte {start} ends after the file's {size} bytes"
                 )
-            end += 8 + _LENGTH.unpack_from(data, end)[0]
+            end += 8 + unpack(data, end)[0]
         return end
 
 
 def strings(field: ReaderField) -> list[str]:
     """The strings of a CheckedReader field that is an array of strings."""
     data = field.parts[-1].tobytes()
-    result = []
+    size, unpack = len(data), _LENGTH.unpack_from
+    pieces: list[bytes] = []
     offset = 0
-    while offset < len(data):
+    while offset < size:
         start = offset + 8
-        offset = start + _LENGTH.unpack_from(data, offset)[0]
-        result.append(data[start:offset].decode())
-    return result
+        offset = start + unpack(data, offset)[0]
+        pieces.append(data[start:offset])
+    return [piece.decode() for piece in pieces]

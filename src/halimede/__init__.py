@@ -72,7 +72,10 @@ def __getattr__(name: str) -> Any:
     """Load a public name from its home on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'halimede' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    from halimede.collection import pause_collection
+
+    with pause_collection():
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

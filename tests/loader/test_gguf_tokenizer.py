@@ -179,6 +179,23 @@ def test_byte_level_families(pre: str, load: Callable[[dict[str, Any]], PreTrain
     assert not loaded.add_bos_token
 
 
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
+def test_the_model_is_whole_and_the_added_tokens_keep_their_ids(
+    pre: str, load: Callable[[dict[str, Any]], PreTrainedTokenizerFast]
+) -> None:
+    """Against the copy that transformers makes of a tokenizer that it is given."""
+    metadata = metadata_of(train_original(*ORIGINALS[pre]), pre)
+    # Added tokens at both ends of the vocabulary and in between.
+    metadata["tokenizer.ggml.token_type"][3], metadata["tokenizer.ggml.token_type"][300] = 3, 4
+    loaded = load(metadata)
+    copied = PreTrainedTokenizerFast(tokenizer_object=loaded.backend_tokenizer, **loaded.init_kwargs)
+    assert loaded.backend_tokenizer.to_str() == copied.backend_tokenizer.to_str()
+    assert loaded.get_vocab() == copied.get_vocab()
+    assert loaded.get_vocab() == {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    assert loaded.added_tokens_decoder == copied.added_tokens_decoder
+    assert (len(loaded), loaded.vocab_size) == (len(copied), copied.vocab_size)
+
+
 def test_families_differ() -> None:
     """The texts above tell the ways of cutting apart, so that a wrong entry in the table would show."""
     texts = fuzz_texts(400, [])
