@@ -145,13 +145,28 @@ class LayerTraces:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that decisions are fixed, and that tracing is an old way
-                traced: _Replay = torch.jit.trace(  # type: ignore[no-untyped-call]
+                traced = torch.jit.trace(  # type: ignore[no-untyped-call]
                     run, examples, check_trace=False
                 )
-            return traced
+            return _simplified(traced)
         except (AttributeError, RuntimeError) as error:
             logger.warning("decoding runs at the speed of Python: recording a layer failed: %s", error)
             return None
+
+
+def _simplified(traced: Any) -> _Replay:
+    """A recording without the tensors that it makes of every size it reads: an eighth of its operations.
+
+    Shapes must be forgotten first: those of the examples would be taken for the only ones.
+    """
+    graph = traced.graph
+    torch._C._jit_pass_inline(graph)
+    torch._C._jit_pass_erase_shape_information(graph)
+    torch._C._jit_pass_peephole(graph, True)  # True: not by shapes
+    torch._C._jit_pass_constant_propagation(graph)
+    torch._C._jit_pass_dce(graph)
+    replay: _Replay = traced
+    return replay
 
 
 def _groups(num_layers: int, most: int) -> Iterator[tuple[int, int]]:
