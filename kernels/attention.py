@@ -62,7 +62,7 @@ def paged_attention(
     assert q.shape[1] % num_kv_heads == 0, f"{q.shape[1]} heads do not share {num_kv_heads} kv heads evenly"
     assert q.shape[2] == head_dim, f"q has head_dim {q.shape[2]}, the cache {head_dim}"
     keys, values = k_cache.view(-1, head_dim), v_cache.view(-1, head_dim)
-    grouped = q.unflatten(1, (num_kv_heads, -1))
+    grouped = q.unflatten(1, (num_kv_heads, -1))  # type: ignore[no-untyped-call]
     if plan.decode and plan.decode[0].tokens is None:  # the whole step
         return _attend_decode(grouped, keys, values, plan.decode[0], plan.scratch, scale).flatten(1, 2)
     output = q.new_empty(grouped.shape)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from halimede.kernels.matmul import matmul, pack_weight
+from halimede.kernels.matmul_bags import bag_product, table_of
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -15,20 +16,26 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """One projection. Call `prepare` once its weight is loaded."""
+    """One projection. Call `prepare` once its weight is loaded.
+
+    On a CPU the weight may come to lie in other forms: packed for any number of rows, table for one. The
+    plain weight is empty once nothing reads it.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.weight = empty_parameter(out_features, in_features)
         self.bias = empty_parameter(out_features) if bias else None
         self.packed: torch.Tensor | None
+        self.table: torch.Tensor | None
         self.register_buffer("packed", None, persistent=False)
+        self.register_buffer("table", None, persistent=False)
 
-    def prepare(self, dtype: torch.dtype, *, twice: bool = True) -> None:
+    def prepare(self, dtype: torch.dtype, *, twice: bool = True, shared: bool = False) -> None:
         """On a CPU: lay the weight out as it is multiplied fastest with activations of `dtype`.
 
         twice: 16-bit weights may be kept in two forms, one for a single row and one for more. Otherwise only
-        in the one that is right for both.
+        in the one that is right for both. shared: others read the weight too, so it must stay as it is.
         """
         if self.weight.device.type != "cpu":
             return
@@ -38,13 +45,27 @@ class Linear(nn.Module):
         if not twice and widened:
             return
         self.packed = pack_weight(self.weight, dtype)
-        if self.packed is not None and (self.weight.dtype == torch.float32 or not twice):
+        if self.packed is None:
+            return
+        if widened:
+            self._make_table(shared)
+        if self.table is not None or self.weight.dtype == torch.float32 or not twice:
             self.weight = empty_parameter(0)
+
+    def _make_table(self, shared: bool) -> None:
+        table = table_of(self.weight)
+        if table is not None and not shared:
+            # The weight's memory has large pages, and will not be needed twice.
+            table = self.weight.detach().view(-1).copy_(table.view(-1)).view(table.shape)
+        self.table = table
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K_in) -> (..., N_out)."""
         if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
+        if self.table is not None and x.shape[0] == 1:
+            y = bag_product(x, self.table)
+            return y if self.bias is None else y.add_(self.bias)
         return matmul(x, self.packed, self.weight if self.weight.shape[0] else None, self.bias)
 
 

@@ -251,7 +251,8 @@ class CausalLM(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, Linear):
-                module.prepare(dtype, twice=twice)
+                tied = module is self.lm_head and self.config.tie_word_embeddings
+                module.prepare(dtype, twice=twice, shared=tied)
             elif isinstance(module, Embedding | RMSNorm):
                 module.prepare(dtype)
         self.model.prepare(device, max_model_len)
