@@ -30,7 +30,7 @@ class HalimedeEngine(Engine):
             **options.get("extra", {}),
         }
         self._engine = self._llm.LLM(options["model"], **settings)
-        dtype = getattr(self._torch, options["dtype"])
+        dtype = getattr(self._torch, settings["dtype"])
         spec = KVCacheSpec.from_model(
             self._engine.model_config, dtype=dtype, block_size=settings["block_size"]
         )

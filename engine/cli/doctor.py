@@ -76,7 +76,11 @@ def _find_choice() -> Findings:
     """What `auto` settings come to here."""
     import torch
 
-    from halimede.engine.executor.device import cpu_has_bfloat16, resolve_device, resolve_dtype
+    from halimede.engine.executor.device import (
+        resolve_activation_dtype,
+        resolve_device,
+        resolve_dtype,
+    )
     from halimede.engine.runner.memory import cpu_kv_bytes
 
     device = resolve_device("auto")
@@ -84,13 +88,14 @@ def _find_choice() -> Findings:
         "device": f"{device} (" + ("a GPU is there)" if device.type == "cuda" else "no GPU)")
     }
     for name, checkpoint in (("bfloat16 checkpoint", torch.bfloat16), ("GGUF", None)):
-        dtype = str(resolve_dtype("auto", checkpoint, device)).removeprefix("torch.")
-        facts[f"dtype of a {name}"] = dtype
+        dtype = resolve_dtype("auto", checkpoint, device)
+        computed = resolve_activation_dtype(dtype, device)
+        facts[f"dtype of a {name}"] = str(dtype).removeprefix("torch.")
+        if computed != dtype:
+            facts[f"dtype of a {name}"] += ", computed in float32 (this CPU has no arithmetic in it)"
     if device.type == "cpu":
-        can = "computes" if cpu_has_bfloat16() else "does not compute"
-        facts["dtype of a bfloat16 checkpoint"] += f" (the CPU {can} in bfloat16)"
         facts["KV cache"] = f"{format_bytes(cpu_kv_bytes())} (a share of the available memory)"
-    facts["attention"] = "torch's scaled_dot_product_attention over the blocks of the KV cache"
+    facts["attention"] = "torch's operations over the blocks of the KV cache"
     return Findings(facts)
 
 

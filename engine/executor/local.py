@@ -98,20 +98,21 @@ def _load(
     else:
         with open_weights(files) as source:
             load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
-    _prepare(model, device, dtype, max_model_len)
+    computed = _prepare(model, device, dtype, max_model_len)
     logger.info(
-        "loaded %s (%s) in %s on %s in %.1f s",
+        "loaded %s (%s) in %s%s on %s in %.1f s",
         files.reference,
         config.architecture,
         str(dtype).removeprefix("torch."),
+        "" if computed == dtype else f" (computing in {str(computed).removeprefix('torch.')})",
         device,
         time.monotonic() - start,
     )
     return model
 
 
-def _prepare(model: CausalLM, device: torch.device, dtype: torch.dtype, max_model_len: int) -> None:
-    """Lay the loaded weights out for the device, within its memory."""
+def _prepare(model: CausalLM, device: torch.device, dtype: torch.dtype, max_model_len: int) -> torch.dtype:
+    """Lay the loaded weights out for the device, within its memory. Returns the type of activations."""
     activations = resolve_activation_dtype(dtype, device)
     twice = True
     if device.type == "cpu":
@@ -125,3 +126,4 @@ def _prepare(model: CausalLM, device: torch.device, dtype: torch.dtype, max_mode
                 available / _GIB,
             )
     model.prepare(device, activations, max_model_len, twice=twice)
+    return activations
