@@ -97,7 +97,7 @@ def _parts(result: Result) -> list[str]:
     parts = [
         f"Medians (lowest{_TO}highest) of {settings['repeats']} rounds in which the engines took turns. "
         f"Greedy, {work.new_tokens} new tokens per prompt, end of sequence ignored, prefix caches off, "
-        f"{settings['threads']} threads, {settings['dtype']}. Batches of {', '.join(map(str, work.batches))} "
+        f"{settings['threads']} threads, {settings['dtype']} where Details do not say otherwise. Batches of {', '.join(map(str, work.batches))} "
         f"chats have {', '.join(f'{n:,}' for n in tokens)} prompt tokens and are timed with their prefill: "
         f"output tokens over the whole time. TTFT is a request for one token with the "
         f"{len(work.prompts[0])}-token prompt. Load counts from the start of the process, imports included. "
@@ -109,7 +109,7 @@ def _parts(result: Result) -> list[str]:
         *_comparison(result),
         "## Details",
         report.table(
-            ["", "load without imports s", "KV cache MiB", "equal first tokens", "versions"],
+            ["", "dtype", "load without imports s", "KV cache MiB", "equal first tokens", "versions"],
             [_details(result, name) for name in engines],
         ),
         "Equal first tokens: how many tokens each answer of the largest batch has in common with Halimede's "
@@ -157,6 +157,7 @@ def _details(result: Result, name: str) -> list[object]:
     kv_cache, equal = facts.get("kv_cache_mib"), _agreement(result).get(name)
     return [
         name,
+        facts.get("settings", {}).get("dtype"),
         _spread(result.samples[name]["model_s"]),
         kv_cache,
         equal,
