@@ -97,8 +97,9 @@ def _parts(result: Result) -> list[str]:
     parts = [
         f"Medians (lowest{_TO}highest) of {settings['repeats']} rounds in which the engines took turns. "
         f"Greedy, {work.new_tokens} new tokens per prompt, end of sequence ignored, prefix caches off, "
-        f"{settings['threads']} threads, {settings['dtype']} where Details do not say otherwise. Batches of {', '.join(map(str, work.batches))} "
-        f"chats have {', '.join(f'{n:,}' for n in tokens)} prompt tokens and are timed with their prefill: "
+        f"{settings['threads']} threads, {settings['dtype']} where Details do not say otherwise. "
+        f"Batches of {', '.join(map(str, work.batches))} chats have {', '.join(f'{n:,}' for n in tokens)} "
+        f"prompt tokens and are timed with their prefill: "
         f"output tokens over the whole time. TTFT is a request for one token with the "
         f"{len(work.prompts[0])}-token prompt. Load counts from the start of the process, imports included. "
         "Peak is resident memory, all of the engine's processes together.",

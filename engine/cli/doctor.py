@@ -87,7 +87,10 @@ def _find_choice() -> Findings:
     facts: dict[str, Any] = {
         "device": f"{device} (" + ("a GPU is there)" if device.type == "cuda" else "no GPU)")
     }
-    for name, checkpoint in (("bfloat16 checkpoint", torch.bfloat16), ("GGUF", None)):
+    for name, checkpoint in (
+        ("bfloat16 checkpoint", torch.bfloat16),
+        ("float16 checkpoint", torch.float16),
+    ):
         dtype = resolve_dtype("auto", checkpoint, device)
         computed = resolve_activation_dtype(dtype, device)
         facts[f"dtype of a {name}"] = str(dtype).removeprefix("torch.")

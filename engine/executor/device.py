@@ -51,9 +51,9 @@ def resolve_dtype(
     would cost twice the memory and most of the speed. Unlike vLLM, which takes float16 there, because
     bfloat16 has float32's range and cannot overflow. A GPU without bfloat16 gets float16, and float32 where
     the model overflows in that.
-    "auto" on a CPU is float32 for a float32 checkpoint. Others run in bfloat16 where the CPU computes in it,
-    else in the checkpoint's own type, in which nothing of its weights is lost (float16 for a GGUF, the type
-    of its scales); resolve_activation_dtype says how.
+    "auto" on a CPU is float32 for a float32 checkpoint, float16 for a float16 one if the CPU does not compute
+    in bfloat16, and bfloat16, whose range suits every model, for all others; resolve_activation_dtype says
+    what it is computed in.
     """
     has_bfloat16 = _gpu_has_bfloat16(device) if device.type == "cuda" else cpu_has_bfloat16()
     if name != "auto":
@@ -68,8 +68,8 @@ def resolve_dtype(
     if device.type == "cpu":
         if checkpoint == torch.float32:
             return torch.float32
-        bfloat16 = has_bfloat16 or checkpoint == torch.bfloat16 or no_float16_for is not None
-        return torch.bfloat16 if bfloat16 else torch.float16
+        narrow = checkpoint == torch.float16 and not has_bfloat16 and no_float16_for is None
+        return torch.float16 if narrow else torch.bfloat16
     if no_float16_for is not None:
         return torch.bfloat16 if has_bfloat16 else torch.float32
     if checkpoint == torch.float16:

@@ -28,9 +28,9 @@ from halimede.kernels.rotary import RotaryFactors
 
 logger = logging.getLogger(__name__)
 
-# Layers in one recording. Every call of one costs some 20 us, which for a single row adds up to a tenth of
-# the step; with more rows it does not show, and recordings are made more often (see _Form).
-_MOST_LAYERS = {"one": 6, "few": 1, "many": 1}
+# Layers in one recording. Making one takes 40 ms a layer when it is first needed, calling it some 20 us: with
+# one row three layers save a thirtieth of a step and six no more; with several rows it does not show.
+_MOST_LAYERS = {"one": 3, "few": 1, "many": 1}
 
 _BatchForms = tuple[tuple[bool, bool], ...]
 _Replay = Callable[..., torch.Tensor]

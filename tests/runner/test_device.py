@@ -50,7 +50,7 @@ def test_bad_devices(name: str) -> None:
         (False, torch.bfloat16, torch.bfloat16),
         (False, torch.float16, torch.float16),
         (False, torch.float32, torch.float32),
-        (False, None, torch.float16),
+        (False, None, torch.bfloat16),
     ],
 )
 def test_auto_dtype_on_a_cpu(
