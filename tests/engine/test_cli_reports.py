@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from halimede.engine.cli import doctor as doctor_module
 from halimede.engine.cli import machine
 from halimede.engine.cli.completion import complete_model
 from halimede.engine.cli.main import main
+from halimede.engine.executor import device
 from halimede.engine.layers.rope_config import RopeType
 from halimede.engine.models.registry import SUPPORTED_ARCHITECTURES
 
@@ -49,6 +51,15 @@ def test_models_on_a_terminal_is_a_table(
     assert max(map(len, text.splitlines())) <= 60
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_doctor_says_what_a_cpu_computes_in(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: native)
+    choice = doctor_module.examine()[0]["choice"]
+    assert ("computed in float32" in choice["dtype of a bfloat16 checkpoint"]) is not native
+    assert choice["dtype of a float16 checkpoint"].startswith("bfloat16" if native else "float16, computed")
+
+
 def test_doctor_says_what_would_be_used(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -57,10 +68,7 @@ def test_doctor_says_what_would_be_used(
     sections, problems = doctor_module.examine()
     assert problems == []
     assert sections["versions"]["torch"]
-    assert (
-        "compute" in sections["choice"]["dtype of a bfloat16 checkpoint"]
-        or "cuda" in sections["choice"]["device"]
-    )
+    assert sections["choice"]["dtype of a bfloat16 checkpoint"].startswith("bfloat16")
     assert sections["environment"]["HTTPS_PROXY"] == "http://***@proxy.example:3128/"
     assert str(tmp_path / "hub") in sections["caches"]["hugging face"]
     assert run("doctor") == 0
