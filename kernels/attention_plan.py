@@ -64,7 +64,7 @@ class DecodeBatch:
     tokens: torch.Tensor | None
     cache_rows: torch.Tensor
     mask: torch.Tensor | None
-    bags: "HeadBags | None" = None
+    bags: HeadBags | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +167,20 @@ def _head_bags(cache_rows: torch.Tensor, length: int, group: int, k_cache: torch
 
 
 def _scratch(decode: list[DecodeBatch], k_cache: torch.Tensor) -> DecodeScratch:
-    size = max((batch.cache_rows.shape[0] for batch in decode), default=0)
-    alone = max((batch.cache_rows.shape[0] for batch in decode if batch.bags is None), default=0)
-    wide = k_cache.dtype != torch.float32
-    shapes = ((size, k_cache.dtype), (alone, k_cache.dtype), (size * wide, torch.float32))
-    made = [
-        k_cache.new_empty(n, k_cache.shape[-1], dtype=d) for n, d in (*shapes, (alone * wide, torch.float32))
-    ]
-    return DecodeScratch(*made)
+    """Values are gathered, and widened, for batches without bags only."""
+    keys = max((batch.cache_rows.shape[0] for batch in decode), default=0)
+    values = max((batch.cache_rows.shape[0] for batch in decode if batch.bags is None), default=0)
+    widens = k_cache.dtype != torch.float32
+
+    def empty(rows: int, dtype: torch.dtype) -> torch.Tensor:
+        return k_cache.new_empty(rows, k_cache.shape[-1], dtype=dtype)
+
+    return DecodeScratch(
+        k=empty(keys, k_cache.dtype),
+        v=empty(values, k_cache.dtype),
+        wide_k=empty(keys if widens else 0, torch.float32),
+        wide_v=empty(values if widens else 0, torch.float32),
+    )
 
 
 def _read_rows(starts: list[int], seq_lens: list[int], window: int | None) -> list[_Row]:

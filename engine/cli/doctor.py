@@ -93,9 +93,11 @@ def _find_choice() -> Findings:
     ):
         dtype = resolve_dtype("auto", checkpoint, device)
         computed = resolve_activation_dtype(dtype, device)
-        facts[f"dtype of a {name}"] = str(dtype).removeprefix("torch.")
+        fact = f"dtype of a {name}"
+        facts[fact] = str(dtype).removeprefix("torch.")
         if computed != dtype:
-            facts[f"dtype of a {name}"] += ", computed in float32 (this CPU has no arithmetic in it)"
+            shown = str(computed).removeprefix("torch.")
+            facts[fact] += f", computed in {shown} (this CPU has no arithmetic in it)"
     if device.type == "cpu":
         facts["KV cache"] = f"{format_bytes(cpu_kv_bytes())} (a share of the available memory)"
     facts["attention"] = "torch's operations over the blocks of the KV cache"

@@ -65,7 +65,7 @@ class LocalExecutor:
             "KV cache: %d blocks of %d tokens, %.2f GiB; max_model_len %d",
             size.num_blocks,
             spec.block_size,
-            size.num_blocks * spec.bytes_per_block / (1 << 30),
+            size.num_blocks * spec.bytes_per_block / _GIB,
             size.max_model_len,
         )
         self._runner: ModelRunner | None = ModelRunner(

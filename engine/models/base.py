@@ -16,7 +16,7 @@ from halimede.engine.layers.rotary import RotaryEmbedding
 from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput, OutputRows
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
-from halimede.engine.models.layer_trace import LayerKind, LayerTraces
+from halimede.engine.models.layer_trace import LayerKind, LayerTraces, run_layers
 from halimede.kernels.attention_plan import AttentionPlan, plan_attention
 from halimede.kernels.kv_cache import cache_rows
 from halimede.kernels.rotary import RotaryFactors, rotary_factors
@@ -94,15 +94,16 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.embedding_scale)
         self.layers = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        windows = _windows_of(config)
-        self._windows = [windows.index(window) for window in config.sliding_windows]  # of each layer
+        # What layers share in a step hangs on their window: the different ones, and which each layer has.
+        self._windows = list(dict.fromkeys(config.sliding_windows))
+        self._kind_of_layer = [self._windows.index(window) for window in config.sliding_windows]
         self._traces: LayerTraces | None = None
         self.rotary_emb = RotaryEmbedding(config.rope)
         self.rotary_emb_local = None if config.local_rope is None else RotaryEmbedding(config.local_rope)
 
     def prepare(self, device: torch.device, max_model_len: int) -> None:
         """Build the tables of the rotary embeddings for positions < max_model_len. The weights are loaded."""
-        self._traces = LayerTraces(self.layers, self._windows) if device.type == "cpu" else None
+        self._traces = LayerTraces(self.layers, self._kind_of_layer) if device.type == "cpu" else None
         for rotary_emb in (self.rotary_emb, self.rotary_emb_local):
             if rotary_emb is not None:
                 rotary_emb.prepare(device, max_model_len)
@@ -118,17 +119,14 @@ class Decoder(nn.Module):
         kinds = self._kinds(model_input, kv_caches[0])
         num_kv_heads, block_size = kv_caches[0][0].shape[1:3]
         kv_rows = cache_rows(model_input.attn.slot_mapping[:, None], num_kv_heads, block_size).flatten()
-        hidden_states: torch.Tensor | None = None
+        hidden_states: torch.Tensor | None
         if self._traces is not None and not any(kind.plan.prefill for kind in kinds):
             nothing = torch.zeros_like(residual)  # recorded layers all begin alike: something to add
             hidden_states = self._traces.run(nothing, residual, kinds, kv_caches, kv_rows)
         else:
-            full = len(self.layers) - (model_input.outputs is not None)
-            for index in range(full):
-                kind = kinds[self._windows[index]]
-                hidden_states = self.layers[index](
-                    hidden_states, residual, kind.rope, kv_caches[index], kv_rows, kind.plan
-                )
+            whole = len(self.layers) - (model_input.outputs is not None)  # layers that run for all tokens
+            chosen = [kinds[kind] for kind in self._kind_of_layer[:whole]]
+            hidden_states = run_layers(self.layers, None, residual, chosen, kv_caches, kv_rows)
             if model_input.outputs is not None:
                 return self._finish(
                     hidden_states, residual, model_input, model_input.outputs, kinds, kv_caches[-1], kv_rows
@@ -152,7 +150,7 @@ class Decoder(nn.Module):
         Of a prompt's other tokens only keys and values are needed: most of a layer's work is saved.
         """
         layer: DecoderLayer = self.layers[-1]  # type: ignore[assignment]
-        tokens, rope = model_input.logits_indices, kinds[self._windows[-1]].rope
+        tokens, rope = model_input.logits_indices, kinds[self._kind_of_layer[-1]].rope
         heads, window = self.config.num_attention_heads, self.config.sliding_windows[-1]
         plan = _plan(outputs, kv_cache, heads, window)
         attended = layer.attend(hidden_states, residual, rope, kv_cache, kv_rows, plan, tokens)
@@ -171,13 +169,8 @@ class Decoder(nn.Module):
             LayerKind(
                 rope if window is None else local_rope, _plan(model_input.attn, kv_cache, heads, window)
             )
-            for window in _windows_of(self.config)
+            for window in self._windows
         ]
-
-
-def _windows_of(config: ModelConfig) -> list[int | None]:
-    """The different sliding windows of a model, in the order of the first layer that has it."""
-    return list(dict.fromkeys(config.sliding_windows))
 
 
 def _plan(

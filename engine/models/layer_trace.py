@@ -11,10 +11,11 @@ not fixed, but for one row and for few rows, which products and norms treat diff
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -54,6 +55,30 @@ class _Form:
     kinds: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers first .. last - 1, which one recording runs: the kind of each, the weights of all in a row."""
+
+    first: int
+    last: int
+    kinds: tuple[int, ...]
+    weights: tuple[torch.Tensor, ...]
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    hidden_states: torch.Tensor | None,
+    residual: torch.Tensor,
+    kinds: Sequence[LayerKind],
+    kv_caches: Iterable[KVCache],
+    kv_rows: torch.Tensor,
+) -> torch.Tensor | None:
+    """The first layers, as many as there are kinds, one after the other: see DecoderLayer.forward."""
+    for kind, layer, kv_cache in zip(kinds, layers, kv_caches, strict=False):
+        hidden_states = layer(hidden_states, residual, kind.rope, kv_cache, kv_rows, kind.plan)
+    return hidden_states
+
+
 class LayerTraces:
     """Recordings of a decoder's layers, all of one structure, made when a step first needs them.
 
@@ -62,8 +87,8 @@ class LayerTraces:
     """
 
     def __init__(self, layers: nn.ModuleList, kinds: Sequence[int]) -> None:
-        self._weights = [[owner[name] for owner, name in _weight_slots(layer)] for layer in layers]
-        self._layers, self._kinds = layers, tuple(kinds)
+        self._layers = list(layers)
+        self._groups = {size: _group(self._layers, kinds, most) for size, most in _MOST_LAYERS.items()}
         self._traces: dict[_Form, _Replay | None] = {}
 
     def run(
@@ -80,36 +105,15 @@ class LayerTraces:
         batches = tuple(_forms_of(kind.plan) for kind in kinds)
         shared = [tensor for kind in kinds for tensor in (*kind.rope, *_tensors_of(kind.plan))]
         with self._replaying(rows):
-            for first, last in _groups(len(self._layers), _MOST_LAYERS[size]):
-                form = _Form(size, batches, self._kinds[first:last])
-                caches = [cache for pair in kv_caches[first:last] for cache in pair]
-                weights = [weight for layer in self._weights[first:last] for weight in layer]
-                inputs = (hidden_states, residual, kv_rows, *shared, *caches, *weights)
+            for group in self._groups[size]:
+                form = _Form(size, batches, group.kinds)
+                caches = kv_caches[group.first : group.last]
+                inputs = (hidden_states, residual, kv_rows, *shared, *chain(*caches), *group.weights)
+                layers = self._layers[group.first : group.last]
                 if form not in self._traces:
-                    self._traces[form] = self._record(first, form, inputs)
-                replay = self._traces[form]
-                if replay is None:
-                    hidden_states = self._run_layers(
-                        first, hidden_states, residual, [kinds[k] for k in form.kinds], kv_caches, kv_rows
-                    )
-                else:
-                    hidden_states = replay(*inputs)
-        return hidden_states
-
-    def _run_layers(
-        self,
-        first: int,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor,
-        kinds: Sequence[LayerKind],
-        kv_caches: Sequence[KVCache] | Mapping[int, KVCache],
-        kv_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """As many layers as there are kinds, from `first` on. kv_caches: of all layers."""
-        for index, kind in enumerate(kinds, start=first):
-            hidden_states = self._layers[index](
-                hidden_states, residual, kind.rope, kv_caches[index], kv_rows, kind.plan
-            )
+                    self._traces[form] = _record(layers, form, inputs)
+                replay = self._traces[form] or partial(_run_from_inputs, layers, form)
+                hidden_states = replay(*inputs)
         return hidden_states
 
     @staticmethod
@@ -123,35 +127,37 @@ class LayerTraces:
         with unwatched, plain_products() if rows == 1 else nullcontext():
             yield
 
-    def _record(self, first: int, form: _Form, inputs: tuple[torch.Tensor, ...]) -> _Replay | None:
-        """The layers from `first` on that the form has, as a function of the inputs that `run` gives it."""
-        count = len(form.kinds)
-        slots = [_weight_slots(layer) for layer in self._layers[first : first + count]]
 
-        def run(hidden_states: torch.Tensor, residual: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-            rest = iter(tensors)
-            kv_rows = next(rest)
-            kinds = [_kind_from(rest, batches) for batches in form.batches]
-            caches = {index: (next(rest), next(rest)) for index in range(first, first + count)}
-            with ExitStack() as stack:
-                for layer_slots in slots:
-                    stack.enter_context(_weights_replaced(layer_slots, [next(rest) for _ in layer_slots]))
-                return self._run_layers(
-                    first, hidden_states, residual, [kinds[k] for k in form.kinds], caches, kv_rows
-                )
+def _run_from_inputs(layers: Sequence[nn.Module], form: _Form, *tensors: torch.Tensor) -> torch.Tensor:
+    """Layers of the form on the tensors that `LayerTraces.run` puts in a row, their weights among them."""
+    hidden_states, residual, kv_rows, *more = tensors
+    rest = iter(more)
+    kinds = [_kind_from(rest, batches) for batches in form.batches]
+    caches = [(next(rest), next(rest)) for _ in layers]
+    with _weights_replaced([slot for layer in layers for slot in _weight_slots(layer)], list(rest)):
+        output = run_layers(layers, hidden_states, residual, [kinds[k] for k in form.kinds], caches, kv_rows)
+    assert output is not None, "a group has layers"
+    return output
 
-        # Recording runs the layers, which must not change what the step's own run starts from.
-        examples = (inputs[0].clone(), inputs[1].clone(), *inputs[2:])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that decisions are fixed, and that tracing is an old way
-                traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-                    run, examples, check_trace=False
-                )
-            return _simplified(traced)
-        except (AttributeError, RuntimeError) as error:
-            logger.warning("decoding runs at the speed of Python: recording a layer failed: %s", error)
-            return None
+
+def _record(layers: Sequence[nn.Module], form: _Form, inputs: tuple[torch.Tensor, ...]) -> _Replay | None:
+    """The layers as a recorded function of the inputs; None, and a warning, where that cannot be."""
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return _run_from_inputs(layers, form, *tensors)
+
+    # Recording runs the layers, which must not change what the step's own run starts from.
+    examples = (inputs[0].clone(), inputs[1].clone(), *inputs[2:])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that decisions are fixed, and that tracing is an old way
+            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+                run, examples, check_trace=False
+            )
+        return _simplified(traced)
+    except (AttributeError, RuntimeError) as error:
+        logger.warning("decoding runs at the speed of Python: recording a layer failed: %s", error)
+        return None
 
 
 def _simplified(traced: Any) -> _Replay:
@@ -169,11 +175,15 @@ def _simplified(traced: Any) -> _Replay:
     return replay
 
 
-def _groups(num_layers: int, most: int) -> Iterator[tuple[int, int]]:
-    """Layers first .. last - 1 of groups of at most `most`, as equal as can be: few sizes, few recordings."""
-    count = -(-num_layers // most)
-    bounds = [num_layers * i // count for i in range(count + 1)] if count else []
-    return pairwise(bounds)
+def _group(layers: Sequence[nn.Module], kinds: Sequence[int], most: int) -> list[_Group]:
+    """Groups of at most `most` layers, as equal as can be: few sizes, few recordings."""
+    count = -(-len(layers) // most)
+    bounds = [len(layers) * i // count for i in range(count + 1)] if count else []
+    weights = [[owner[name] for owner, name in _weight_slots(layer)] for layer in layers]
+    return [
+        _Group(first, last, tuple(kinds[first:last]), tuple(chain(*weights[first:last])))
+        for first, last in pairwise(bounds)
+    ]
 
 
 def _weight_slots(layer: nn.Module) -> list[_Slot]:
@@ -184,7 +194,7 @@ def _weight_slots(layer: nn.Module) -> list[_Slot]:
 
 @contextmanager
 def _weights_replaced(slots: list[_Slot], tensors: list[torch.Tensor]) -> Iterator[None]:
-    """The layer with other tensors for weights. (torch.func.functional_call refuses to be traced.)"""
+    """Layers with other tensors for weights. (torch.func.functional_call refuses to be traced.)"""
     before = [owner[name] for owner, name in slots]
     try:
         for (owner, name), tensor in zip(slots, tensors, strict=True):

@@ -49,7 +49,7 @@ class ModelRunner:
             states,
             block_size=self._block_size,
             device=self._device,
-            all_hidden_states=any(_wants_prompt_logprobs(state) for state in states),
+            all_hidden_states=any(s.request.sampling_params.prompt_logprobs is not None for s in states),
         )
         hidden_states = self._model(model_input, self._kv_caches)
         prompt_logprobs = dict(self._prompt_logprobs(output.scheduled, states, hidden_states))
@@ -116,7 +116,3 @@ class ModelRunner:
                 tokens = torch.tensor(piece, dtype=torch.int64).to(self._device)
                 entries += token_logprobs(logits, tokens, [num_logprobs] * len(piece))
             yield chunk.seq_id, tuple(entries)
-
-
-def _wants_prompt_logprobs(state: SequenceState) -> bool:
-    return state.request.sampling_params.prompt_logprobs is not None

@@ -89,18 +89,23 @@ def assert_same(loaded: Any, expected: Any) -> None:
     assert rendered == expected.apply_chat_template(messages, tokenize=False)
 
 
+def assert_like_auto_tokenizer(checkpoint: Path, **options: Any) -> None:
+    """The same tokenizer, or an error with the same reason. options: of AutoTokenizer."""
+    try:
+        expected = transformers.AutoTokenizer.from_pretrained(checkpoint, **options)
+    except Exception as error:
+        with pytest.raises(ModelLoadError, match="cannot be loaded") as caught:
+            load(checkpoint)
+        assert " ".join(str(error).split()) in str(caught.value)
+    else:
+        assert_same(load(checkpoint), expected)
+
+
 def test_like_auto_tokenizer(checkpoint: Path, chosen: list[Any]) -> None:
     """For every architecture and class of tokenizer, right for the model or not."""
     for name in CLASSES:
         edit(checkpoint / "tokenizer_config.json", tokenizer_class=name)
-        try:
-            expected = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        except Exception as error:
-            with pytest.raises(ModelLoadError) as caught:
-                load(checkpoint)
-            assert " ".join(str(error).split()) in str(caught.value)
-        else:
-            assert_same(load(checkpoint), expected)
+        assert_like_auto_tokenizer(checkpoint)
     assert all(config is not None for config in chosen)
     assert len(chosen) == len(CLASSES)
 
@@ -147,14 +152,7 @@ def test_left_to_auto_tokenizer(
 ) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path, tokenizer=True)
     edit(checkpoint / file, **changes)
-    try:
-        expected = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:
-        with pytest.raises(ModelLoadError) as caught:
-            load(checkpoint)
-        assert " ".join(str(error).split()) in str(caught.value)
-    else:
-        assert_same(load(checkpoint), expected)
+    assert_like_auto_tokenizer(checkpoint, trust_remote_code=False)
     assert chosen == [None]
 
 
@@ -171,14 +169,7 @@ def test_missing_and_broken_files(tmp_path: Path, file: str, content: bytes | No
     (checkpoint / file).unlink()
     if content is not None:
         (checkpoint / file).write_bytes(content)
-    try:
-        expected = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    except Exception as error:
-        with pytest.raises(ModelLoadError, match="cannot be loaded") as caught:
-            load(checkpoint)
-        assert " ".join(str(error).split()) in str(caught.value)
-    else:
-        assert_same(load(checkpoint), expected)
+    assert_like_auto_tokenizer(checkpoint)
 
 
 def test_a_hub_id_is_left_to_auto_tokenizer(chosen: list[Any]) -> None:
