@@ -31,23 +31,44 @@ def paged_attention_reference(
     *,
     scale: float,
     sliding_window: int | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The oracle of paged_attention: one query token and head at a time, float64 inside."""
+    """The oracle of every attention: one query token and head at a time, float64 inside.
+
+    causal=False: a token sees its whole sequence. softcap: scores s become softcap * tanh(s / softcap).
+    sinks (H): a score of each head that takes its part of the softmax and gives nothing (gpt-oss).
+    k_scale, v_scale: of a quantized cache, (1) or per token and head [N, K, B] float32: value = code * scale.
+    """
     group, block_size = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    keys, values = _dequantized(k_cache, k_scale), _dequantized(v_cache, v_scale)
     output = torch.empty_like(q)
     for row, seq_len in enumerate(seq_lens.tolist()):
         start, stop = query_start_loc[row : row + 2].tolist()
         for token in range(start, stop):
             position = seq_len - (stop - token)
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-            seen = torch.arange(first, position + 1, device=q.device)
+            seen = torch.arange(first, position + 1 if causal else seq_len, device=q.device)
             blocks, offsets = block_tables[row, seen // block_size].long(), seen % block_size
             for head in range(q.shape[1]):
-                keys = k_cache[blocks, head // group, offsets].double()
-                values = v_cache[blocks, head // group, offsets].double()
-                weights = torch.softmax(keys @ q[token, head].double() * scale, dim=0)
-                output[token, head] = (weights @ values).to(q.dtype)
+                scores = keys[blocks, head // group, offsets] @ q[token, head].double() * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head : head + 1].double()))
+                weights = torch.softmax(scores, dim=0)[: len(seen)]
+                output[token, head] = (weights @ values[blocks, head // group, offsets]).to(q.dtype)
     return output
+
+
+def _dequantized(cache: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """A cache (N, K, B, D) in float64."""
+    if scale is None:
+        return cache.double()
+    return cache.float().double() * scale.double().view(*scale.shape, *(1,) * (4 - scale.dim()))
 
 
 def paged_attention(

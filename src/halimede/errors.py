@@ -5,7 +5,8 @@
       ModelLoadError                    a checkpoint is missing, truncated, corrupt or of the wrong shape
         UnsupportedModelError           the architecture or one of its options is not implemented
         UnsupportedQuantizationError    the checkpoint's quantization is not implemented
-      KernelCacheError                  a kernel is missing from, or does not fit, the kernel cache
+      KernelError                       a kernel cannot be built, or does not take what it was given
+        KernelCacheError                a kernel is missing from, or does not fit, the kernel cache
       BatchError                        a batch's input or results file cannot be used
       RequestError                      one request cannot be served; the others go on
       EngineDeadError                   the engine failed and serves nothing any more
@@ -38,7 +39,11 @@ class UnsupportedQuantizationError(ModelLoadError):
     """The checkpoint is quantized in a way that is not implemented."""
 
 
-class KernelCacheError(HalimedeError):
+class KernelError(HalimedeError):
+    """A kernel cannot be built for a target, or does not take what it was given."""
+
+
+class KernelCacheError(KernelError):
     """A kernel is missing from the kernel cache, or the cache was built for something else."""
 
 

@@ -1,0 +1,189 @@
+"""RMSNorm and residual add + RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+Layouts: x (T, hidden), or heads (T, H, hidden) of a fused projection, unit stride in the last dimension;
+weight (hidden); y contiguous. One program per row, which stays in registers. Moves 2 * T * hidden elements,
+with the add 4 * T * hidden.
+
+Rounding is kernels/norm.py's: with a weight of x's dtype the norm is rounded before the product, with a
+wider one (Gemma) after it. The sum of x and residual is rounded to their dtype, as the residual is kept.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from halimede.errors import KernelError
+from halimede.kernels.launch import launch, target_of
+from halimede.kernels.norm import add_rms_norm_reference, rms_norm_reference
+from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
+from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
+
+_LARGEST_ROW = 1 << 16
+
+
+@triton.jit(do_not_specialize=["outer_stride", "inner_stride"])
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    eps: tl.float32,
+    outer_stride,
+    inner_stride,
+    INNER: tl.constexpr,
+    SIZE: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    # Without a mask where none is needed: the compiler then proves 16-byte accesses.
+    mask = None if BLOCK == SIZE else offsets < SIZE
+    other = None if BLOCK == SIZE else 0.0
+    x_row = x_ptr + row // INNER * outer_stride + row % INNER * inner_stride
+    x = tl.load(x_row + offsets, mask=mask, other=other)
+    dtype = x.dtype
+    if ADD:
+        residual = tl.load(residual_ptr + row * SIZE + offsets, mask=mask, other=other)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+        tl.store(residual_ptr + row * SIZE + offsets, x, mask=mask)
+    wide = x.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=other)
+    if weight.dtype == dtype:
+        normed = normed.to(dtype).to(tl.float32)
+    y = normed * weight.to(tl.float32)
+    tl.store(y_ptr + row * SIZE + offsets, y.to(dtype), mask=mask)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm x (T, hidden) or (T, H, hidden) by weight (hidden); contiguous, of x's shape and dtype."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(x, None, weight, y, eps)
+    return y
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add x (T, hidden) to `residual` (T, hidden, contiguous) in place and return the norm of the sum."""
+    if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+        raise KernelError(
+            f"add_rms_norm needs a contiguous residual like x, {tuple(x.shape)} {x.dtype}; it is "
+            f"{tuple(residual.shape)} {residual.dtype}"
+        )
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(x, residual, weight, y, eps)
+    return y
+
+
+def _launch_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, y: torch.Tensor, eps: float
+) -> None:
+    size = x.shape[-1]
+    if weight.shape != (size,) or x.dim() not in (2, 3) or x.stride(-1) != 1 or size > _LARGEST_ROW:
+        raise KernelError(
+            f"rms_norm takes (T, hidden) or (T, H, hidden) with unit stride and a weight (hidden), hidden at "
+            f"most {_LARGEST_ROW}; got {tuple(x.shape)} with strides {x.stride()} and {tuple(weight.shape)}"
+        )
+    config = pick_config("rms_norm", target_of(x), f"{x.dtype}", size, lambda: _heuristic(size))
+    launch(
+        _rms_norm_kernel,
+        (y.numel() // size,),
+        x,
+        y if residual is None else residual,
+        weight,
+        y,
+        eps,
+        x.stride(0),
+        x.stride(1),
+        config=config,
+        INNER=1 if x.dim() == 2 else x.shape[1],
+        SIZE=size,
+        ADD=residual is not None,
+    )
+
+
+def _heuristic(size: int) -> KernelConfig:
+    block = next_power_of_2(size)
+    return KernelConfig({"BLOCK": block}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
+    return (rms_norm(x, weight, eps),)
+
+
+def _reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
+    return (rms_norm_reference(x, weight, eps),)
+
+
+def _run_add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
+    return add_rms_norm(x, residual, weight, eps), residual
+
+
+def _case(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    add: bool = False,
+    weight_dtype: torch.dtype | None = None,
+    sliced: bool = False,
+) -> Case:
+    """sliced: x is cut out of a larger tensor."""
+
+    def make(device: torch.device) -> dict[str, Any]:
+        whole = torch.randn(*shape[:-2], shape[-2] + 2 * sliced, shape[-1], device=device) * 3
+        x = whole.to(dtype)[..., : shape[-2], :]
+        weight = (1 + torch.randn(shape[-1], device=device) / 4).to(weight_dtype or dtype)
+        made = {"x": x, "weight": weight, "eps": 1e-5}
+        return made | {"residual": torch.randn(shape, device=device).to(dtype)} if add else made
+
+    elements = torch.Size(shape).numel()
+    return Case(name, make, Work(bytes=elements * dtype.itemsize * (4 if add else 2), flops=4 * elements))
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_SHAPES: tuple[tuple[int, ...], ...] = ((1, 1), (3, 577), (2, 64), (0, 8))
+_SERVING = (576, 896, 2048, 4096, 5120, 8192)
+
+SPECS = (
+    KernelSpec(
+        name="rms_norm",
+        summary="RMSNorm of rows or heads; Gemma's float32 weight",
+        launcher=_run,
+        reference=_reference,
+        tolerance="norm",
+        cases=(
+            *(_case(f"{shape} {t}", shape, t) for shape in _SHAPES for t in (_BF16, _FP16, _FP32)),
+            _case("heads of a projection", (3, 2, 80), _BF16, sliced=True),
+            _case("float32 weight", (3, 100), _BF16, weight_dtype=_FP32),
+        ),
+        signatures=(
+            *(_case(f"hidden {n}", (64, n), _BF16) for n in _SERVING),
+            _case("hidden 2560, float32 weight", (64, 2560), _BF16, weight_dtype=_FP32),
+            _case("heads of 128", (64, 8, 128), _BF16, sliced=True),
+        ),
+        faults=(Fault("/ SIZE + eps", "/ BLOCK * 0.9 + eps"), Fault("* weight.to", "* 1.03 * weight.to")),
+    ),
+    KernelSpec(
+        name="add_rms_norm",
+        summary="residual add and RMSNorm in one pass",
+        launcher=_run_add,
+        reference=add_rms_norm_reference,
+        tolerance="norm",
+        cases=(
+            *(_case(f"{shape} {t}", shape, t, add=True) for shape in _SHAPES for t in (_BF16, _FP32)),
+            _case("float16", (3, 100), _FP16, add=True),
+            _case("float32 weight", (3, 100), _BF16, add=True, weight_dtype=_FP32),
+        ),
+        signatures=(
+            *(_case(f"hidden {n}", (64, n), _BF16, add=True) for n in _SERVING),
+            _case("hidden 4096, float16", (64, 4096), _FP16, add=True),
+        ),
+        faults=(
+            Fault("tl.store(residual_ptr + row * SIZE + offsets, x, mask=mask)", "pass"),
+            Fault("+ residual.to(tl.float32)", "- residual.to(tl.float32)"),
+        ),
+    ),
+)
