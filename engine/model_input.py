@@ -4,11 +4,27 @@ A leaf: the runner above the models and the attention layer below them both spea
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-KVCache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each [N blocks, K kv heads, B block_size, D head_dim]."""
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer, each [N blocks, K kv heads, B block_size, D head_dim].
+
+    k_scale, v_scale: of a cache in 8 bits, value = code * scale: float32 (1), or [N, K, B] per token and
+    head.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that are there."""
+        return tuple(tensor for tensor in self if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +35,7 @@ class AttentionMetadata:
     block_tables (R, max_blocks) int32: the rows' blocks in order, padded with block 0.
     query_start_loc (R + 1) int32: row r owns tokens query_start_loc[r] .. query_start_loc[r + 1] - 1.
     seq_lens (R) int32: tokens of the row in the cache once this step's are written.
+    num_decode_rows: rows with one token in this step.
     """
 
     slot_mapping: torch.Tensor
@@ -27,6 +44,7 @@ class AttentionMetadata:
     seq_lens: torch.Tensor
     max_query_len: int
     max_seq_len: int
+    num_decode_rows: int
 
 
 @dataclass(frozen=True, slots=True)

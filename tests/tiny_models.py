@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from halimede.engine.layers.attention_step import Backend
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.weights import load_weights, open_weights
 from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput
@@ -269,14 +270,20 @@ def read_config(path: Path) -> ModelConfig:
     return ModelConfig.from_hf(json.loads(file.read_text()), str(file))
 
 
-def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> CausalLM:
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: Backend | None = None,
+) -> CausalLM:
     """Our model of a safetensors checkpoint directory, ready to run."""
     config = read_config(path)
     model = build_model(config)
     files = ModelFiles(str(path), "safetensors", tuple(sorted(path.glob("*.safetensors"))), {}, str(path))
     with open_weights(files) as source:
         load_weights(model, source, device=torch.device(device), dtype=dtype, progress=False)
-    model.prepare(torch.device(device), dtype, config.max_position_embeddings)
+    model.prepare(torch.device(device), dtype, config.max_position_embeddings, backend=backend)
     return model
 
 
@@ -288,7 +295,7 @@ def make_kv_caches(model: CausalLM, num_blocks: int, block_size: int, fill: floa
     def full() -> torch.Tensor:
         return torch.full(shape, fill, dtype=weight.dtype, device=weight.device)
 
-    return [(full(), full()) for _ in range(config.num_hidden_layers)]
+    return [KVCache(full(), full()) for _ in range(config.num_hidden_layers)]
 
 
 @dataclass(frozen=True)
@@ -326,6 +333,7 @@ def make_model_input(rows: Sequence[RowInput], block_size: int, device: str = "c
         seq_lens=tensor(lengths, torch.int32),
         max_query_len=max((len(row.token_ids) for row in rows), default=0),
         max_seq_len=max(lengths, default=0),
+        num_decode_rows=sum(len(row.token_ids) == 1 for row in rows),
     )
     return ModelInput(
         tensor(ids, torch.int64), tensor(positions, torch.int64), tensor(range(len(ids)), torch.int64), attn

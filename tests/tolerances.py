@@ -13,11 +13,17 @@ KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     # float32 rows that are rounded to 16 bits on the way in and out: products of size 1 to 4.
     "matmul of torch.bfloat16": {torch.float32: (8e-3, 1.2e-2)},
     "matmul of torch.float16": {torch.float32: (1e-3, 1.5e-3)},
+    # Quantized activations: float64 is a code's place among the codes, within a half of the unrounded value's;
+    # float32 the scales. "norm_quantize": after values that were rounded to 16 bits, by 2^-8 at most.
+    "quantize": {torch.float64: (2e-6, 0.5001), torch.float32: (5e-7, 0.0)},
+    "norm_quantize": {torch.float64: (8e-3, 0.501), torch.float32: (8e-3, 0.0)},
+    "layer_norm": {torch.float32: (3e-6, 3e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-5)},
     "rotary": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-4)},
     "activation": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.6e-2, 1e-4), torch.float16: (2e-3, 1e-4)},
     "attention over torch.bfloat16": {torch.float32: (8e-3, 4e-3)},
     "attention over torch.float16": {torch.float32: (1e-3, 5e-4)},
     # Triton kernels: weights are rounded to 16 bits before the product with v.
+    "attention prefill": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},
     "attention": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},
 }
 

@@ -3,20 +3,17 @@
 import torch
 from torch import nn
 
+from halimede.engine.layers.attention_step import AttentionStep
 from halimede.engine.layers.linear import Linear, MergedLinear
 from halimede.engine.layers.norm import RMSNorm
 from halimede.engine.model_input import KVCache
-from halimede.kernels.attention import paged_attention
-from halimede.kernels.attention_plan import AttentionPlan
-from halimede.kernels.kv_cache import write_kv
-from halimede.kernels.rotary import RotaryFactors, apply_rotary
 
 
 class SelfAttention(nn.Module):
     """Causal grouped-query attention: q, k, v as one matrix product, optional norm over each head of q and k.
 
     scale: what q k^T is multiplied by, None is head_dim^-0.5. Whether the layer has a sliding window is the
-    plan's business, not the layer's.
+    step's business, not the layer's.
     """
 
     def __init__(
@@ -40,35 +37,12 @@ class SelfAttention(nn.Module):
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rope: RotaryFactors,
-        kv_cache: KVCache,
-        kv_rows: torch.Tensor,
-        plan: AttentionPlan,
-        tokens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden); writes the tokens' keys and values to the cache before reading it.
-
-        kv_rows (T * K): where they go, see write_kv.
-        tokens (O) int64: those whose attention is wanted and the plan is made for; the result is (O, hidden).
-        """
-        heads, kv_heads = self.num_heads, self.num_kv_heads
+    def forward(self, hidden_states: torch.Tensor, step: AttentionStep, kv_cache: KVCache) -> torch.Tensor:
+        """(T, hidden) -> (T, hidden), or (S, hidden) of the step's outputs; see AttentionStep."""
         qkv: torch.Tensor = self.qkv_proj(hidden_states)
-        qkv = qkv.view(-1, heads + 2 * kv_heads, self.head_dim)
-        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        if self.q_norm is None or self.k_norm is None:
-            apply_rotary(qkv[:, : heads + kv_heads], rope)  # q and k are neighbours: one call rotates both
-        else:
-            q, k = self.q_norm(q), self.k_norm(k)
-            apply_rotary(q, rope)
-            apply_rotary(k, rope)
-        write_kv(k, v, *kv_cache, kv_rows)
-        if tokens is not None:
-            q = q[tokens]
-            if q.shape[0] == 0:
-                return hidden_states[:0]
-        context = paged_attention(q, *kv_cache, plan, self.scale)
-        output: torch.Tensor = self.o_proj(context.view(-1, heads * self.head_dim))
+        qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        context = step.attend(qkv, self, kv_cache)
+        if context.shape[0] == 0:
+            return hidden_states[:0]
+        output: torch.Tensor = self.o_proj(context.view(-1, self.num_heads * self.head_dim))
         return output

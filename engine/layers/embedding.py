@@ -1,17 +1,16 @@
 """The token embedding."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from halimede.engine.layers.linear import empty_parameter
+from halimede.kernels.ops import TORCH, Ops
 
 
 class Embedding(nn.Module):
     """A table of one vector per token of the vocabulary; weight [V, hidden].
 
-    scale: what the vectors are multiplied by, after it is rounded to their dtype (as Hugging Face's Gemma
-    does: trained with sqrt(3072) = 55.5 in bfloat16, not 55.43). The weight itself may be tied to the
+    scale: what the vectors are multiplied by, see kernels/embedding.py. The weight itself may be tied to the
     projection to the vocabulary, which is not scaled.
     """
 
@@ -19,17 +18,13 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = empty_parameter(vocab_size, hidden_size)
         self.scale = scale
+        self.ops = TORCH
         self._dtype: torch.dtype | None = None
 
-    def prepare(self, dtype: torch.dtype) -> None:
+    def prepare(self, dtype: torch.dtype, ops: Ops) -> None:
         """Give out vectors of `dtype`; the weight stays as it is."""
-        self._dtype = dtype
+        self._dtype, self.ops = dtype, ops
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(T) int64 -> (T, hidden)."""
-        vectors = F.embedding(input_ids, self.weight)
-        if self._dtype is not None:
-            vectors = vectors.to(self._dtype)
-        if self.scale == 1.0:
-            return vectors
-        return vectors.mul_(torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu").item())
+        return self.ops.embed(input_ids, self.weight, self.scale, self._dtype or self.weight.dtype)

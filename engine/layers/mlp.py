@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from halimede.engine.layers.linear import Linear, MergedLinear
-from halimede.kernels.activation import gelu_tanh_and_mul, silu_and_mul
+from halimede.kernels.ops import TORCH, Ops
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -18,9 +18,14 @@ class GatedMLP(nn.Module):
         self, hidden_size: int, intermediate_size: int, *, bias: bool, activation: Activation = "silu"
     ) -> None:
         super().__init__()
-        self.activation = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}[activation]
+        self._name = activation
+        self.prepare(TORCH)
         self.gate_up_proj = MergedLinear(hidden_size, (intermediate_size, intermediate_size), bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+
+    def prepare(self, ops: Ops) -> None:
+        """Take the activation from `ops`."""
+        self.activation = {"silu": ops.silu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}[self._name]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(T, hidden) -> (T, hidden)."""

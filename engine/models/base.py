@@ -8,18 +8,17 @@ import torch
 from torch import nn
 
 from halimede.engine.layers.attention import SelfAttention
+from halimede.engine.layers.attention_step import AttentionStep, Backend, LayerGroup
+from halimede.engine.layers.attention_torch import TorchBackend
 from halimede.engine.layers.embedding import Embedding
 from halimede.engine.layers.linear import Linear
 from halimede.engine.layers.mlp import GatedMLP
 from halimede.engine.layers.norm import RMSNorm
 from halimede.engine.layers.rotary import RotaryEmbedding
-from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput, OutputRows
+from halimede.engine.model_input import KVCache, ModelInput
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
 from halimede.engine.models.config_fields import ConfigFields
-from halimede.engine.models.layer_trace import LayerKind, LayerTraces, run_layers
-from halimede.kernels.attention_plan import AttentionPlan, plan_attention
-from halimede.kernels.kv_cache import cache_rows
-from halimede.kernels.rotary import RotaryFactors, rotary_factors
+from halimede.engine.models.layer_trace import LayerTraces, can_replay, run_layers
 
 
 class DecoderLayer(nn.Module):
@@ -50,33 +49,28 @@ class DecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor | None,
         residual: torch.Tensor,
-        rope: RotaryFactors,
+        step: AttentionStep,
         kv_cache: KVCache,
-        kv_rows: torch.Tensor,
-        plan: AttentionPlan,
     ) -> torch.Tensor:
         """One layer; `residual` (T, hidden) is updated in place.
 
         hidden_states (T, hidden): the last layer's output, not yet in the residual; None for the first.
         Returns this layer's output, for the next norm to add.
         """
-        attended = self.attend(hidden_states, residual, rope, kv_cache, kv_rows, plan)
+        attended = self.attend(hidden_states, residual, step, kv_cache)
         return self.feed_forward(attended, residual)
 
     def attend(
         self,
         hidden_states: torch.Tensor | None,
         residual: torch.Tensor,
-        rope: RotaryFactors,
+        step: AttentionStep,
         kv_cache: KVCache,
-        kv_rows: torch.Tensor,
-        plan: AttentionPlan,
-        tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The first half of `forward`. tokens (O): see SelfAttention; the result is (O, hidden) then."""
+        """The first half of `forward`: (T, hidden), or (S, hidden) of a step for outputs only."""
         norm = self.input_layernorm
         hidden_states = norm(residual) if hidden_states is None else norm.add(hidden_states, residual)
-        attended: torch.Tensor = self.self_attn(hidden_states, rope, kv_cache, kv_rows, plan, tokens)
+        attended: torch.Tensor = self.self_attn(hidden_states, step, kv_cache)
         return attended
 
     def feed_forward(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -94,16 +88,24 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.embedding_scale)
         self.layers = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # What layers share in a step hangs on their window: the different ones, and which each layer has.
-        self._windows = list(dict.fromkeys(config.sliding_windows))
-        self._kind_of_layer = [self._windows.index(window) for window in config.sliding_windows]
-        self._traces: LayerTraces | None = None
         self.rotary_emb = RotaryEmbedding(config.rope)
         self.rotary_emb_local = None if config.local_rope is None else RotaryEmbedding(config.local_rope)
+        # What layers share in a step hangs on their window: the groups, and which one each layer is in.
+        windows = list(dict.fromkeys(config.sliding_windows))
+        self._groups = [LayerGroup(window, self._rotary_of(window)) for window in windows]
+        self._group_of_layer = [windows.index(window) for window in config.sliding_windows]
+        self._backend: Backend = TorchBackend()
+        self._traces: LayerTraces | None = None
 
-    def prepare(self, device: torch.device, max_model_len: int) -> None:
+    def _rotary_of(self, window: int | None) -> RotaryEmbedding:
+        local = self.rotary_emb_local
+        return self.rotary_emb if window is None or local is None else local
+
+    def prepare(self, device: torch.device, max_model_len: int, backend: Backend) -> None:
         """Build the tables of the rotary embeddings for positions < max_model_len. The weights are loaded."""
-        self._traces = LayerTraces(self.layers, self._kind_of_layer) if device.type == "cpu" else None
+        self._backend = backend
+        recorded = device.type == "cpu" and isinstance(backend, TorchBackend)
+        self._traces = LayerTraces(self.layers, self._group_of_layer) if recorded else None
         for rotary_emb in (self.rotary_emb, self.rotary_emb_local):
             if rotary_emb is not None:
                 rotary_emb.prepare(device, max_model_len)
@@ -116,21 +118,18 @@ class Decoder(nn.Module):
         residual: torch.Tensor = self.embed_tokens(model_input.input_ids)
         if residual.shape[0] == 0:
             return residual
-        kinds = self._kinds(model_input, kv_caches[0])
-        num_kv_heads, block_size = kv_caches[0][0].shape[1:3]
-        kv_rows = cache_rows(model_input.attn.slot_mapping[:, None], num_kv_heads, block_size).flatten()
+        heads = self.config.num_attention_heads
+        steps = self._backend.make_steps(model_input, self._groups, kv_caches[0], heads)
         hidden_states: torch.Tensor | None
-        if self._traces is not None and not any(kind.plan.prefill for kind in kinds):
+        if self._traces is not None and can_replay(steps):
             nothing = torch.zeros_like(residual)  # recorded layers all begin alike: something to add
-            hidden_states = self._traces.run(nothing, residual, kinds, kv_caches, kv_rows)
+            hidden_states = self._traces.run(nothing, residual, steps, kv_caches)
         else:
             whole = len(self.layers) - (model_input.outputs is not None)  # layers that run for all tokens
-            chosen = [kinds[kind] for kind in self._kind_of_layer[:whole]]
-            hidden_states = run_layers(self.layers, None, residual, chosen, kv_caches, kv_rows)
+            chosen = [steps[group] for group in self._group_of_layer[:whole]]
+            hidden_states = run_layers(self.layers, None, residual, chosen, kv_caches)
             if model_input.outputs is not None:
-                return self._finish(
-                    hidden_states, residual, model_input, model_input.outputs, kinds, kv_caches[-1], kv_rows
-                )
+                return self._finish(hidden_states, residual, model_input, kv_caches[-1])
         assert hidden_states is not None, "a decoder has layers"
         normed = self.norm.add(hidden_states, residual)
         return normed if model_input.outputs is None else normed[model_input.logits_indices]
@@ -140,51 +139,20 @@ class Decoder(nn.Module):
         hidden_states: torch.Tensor | None,
         residual: torch.Tensor,
         model_input: ModelInput,
-        outputs: OutputRows,
-        kinds: Sequence[LayerKind],
         kv_cache: KVCache,
-        kv_rows: torch.Tensor,
     ) -> torch.Tensor:
         """The last layer and the norm for the tokens that are sampled from: (S, hidden).
 
         Of a prompt's other tokens only keys and values are needed: most of a layer's work is saved.
         """
         layer: DecoderLayer = self.layers[-1]  # type: ignore[assignment]
-        tokens, rope = model_input.logits_indices, kinds[self._kind_of_layer[-1]].rope
-        heads, window = self.config.num_attention_heads, self.config.sliding_windows[-1]
-        plan = _plan(outputs, kv_cache, heads, window)
-        attended = layer.attend(hidden_states, residual, rope, kv_cache, kv_rows, plan, tokens)
+        group, heads = self._groups[self._group_of_layer[-1]], self.config.num_attention_heads
+        step = self._backend.make_output_step(model_input, group, kv_cache, heads)
+        attended = layer.attend(hidden_states, residual, step, kv_cache)
         if attended.shape[0] == 0:
             return attended
-        residual = residual[tokens]
+        residual = residual[model_input.logits_indices]
         return self.norm.add(layer.feed_forward(attended, residual), residual)
-
-    def _kinds(self, model_input: ModelInput, kv_cache: KVCache) -> list[LayerKind]:
-        """What the layers need to know of the step, once for each of the decoder's windows."""
-        rope = local_rope = rotary_factors(*self.rotary_emb(model_input.positions))
-        if self.rotary_emb_local is not None:
-            local_rope = rotary_factors(*self.rotary_emb_local(model_input.positions))
-        heads = self.config.num_attention_heads
-        return [
-            LayerKind(
-                rope if window is None else local_rope, _plan(model_input.attn, kv_cache, heads, window)
-            )
-            for window in self._windows
-        ]
-
-
-def _plan(
-    attn: AttentionMetadata | OutputRows, kv_cache: KVCache, num_heads: int, window: int | None
-) -> AttentionPlan:
-    """What attention needs to know of the step, worked out once for all layers with the same window."""
-    return plan_attention(
-        attn.block_tables,
-        attn.query_start_loc,
-        attn.seq_lens,
-        num_heads=num_heads,
-        k_cache=kv_cache[0],
-        sliding_window=window,
-    )
 
 
 class CausalLM(nn.Module):
@@ -236,19 +204,29 @@ class CausalLM(nn.Module):
         return tensor
 
     def prepare(
-        self, device: torch.device, dtype: torch.dtype, max_model_len: int, *, twice: bool = True
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_model_len: int,
+        *,
+        twice: bool = True,
+        backend: Backend | None = None,
     ) -> None:
         """Build what is computed, not loaded: tables for positions < max_model_len, the layouts of weights.
 
-        Call after loading. dtype: of activations, the weights' or wider. twice: see Linear.prepare.
+        Call after loading. dtype: of activations, the weights' or wider. twice: see Linear.prepare. backend:
+        how the forward pass is run, None is torch's operations.
         """
+        backend = backend or TorchBackend()
         for module in self.modules():
             if isinstance(module, Linear):
                 tied = module is self.lm_head and self.config.tie_word_embeddings
                 module.prepare(dtype, twice=twice, shared=tied)
             elif isinstance(module, Embedding | RMSNorm):
-                module.prepare(dtype)
-        self.model.prepare(device, max_model_len)
+                module.prepare(dtype, backend.ops)
+            elif isinstance(module, GatedMLP):
+                module.prepare(backend.ops)
+        self.model.prepare(device, max_model_len, backend)
 
     def second_form_bytes(self, dtype: torch.dtype) -> int:
         """What keeping weights in two forms costs a CPU, with activations of `dtype`."""

@@ -16,16 +16,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
+from halimede.engine.layers.attention_step import AttentionStep
+from halimede.engine.layers.attention_torch import TorchStep
 from halimede.engine.model_input import KVCache
 from halimede.kernels.attention_plan import AttentionPlan, DecodeBatch, DecodeScratch, HeadBags
 from halimede.kernels.matmul import plain_products
 from halimede.kernels.norm import FEW_ROWS
-from halimede.kernels.rotary import RotaryFactors
 
 logger = logging.getLogger(__name__)
 
@@ -39,29 +40,21 @@ _Slot = tuple[dict[str, Any], str]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerKind:
-    """What a step gives to all layers with the same attention window."""
-
-    rope: RotaryFactors
-    plan: AttentionPlan
-
-
-@dataclass(frozen=True, slots=True)
 class _Form:
-    """size: "one" row, "few" or "many". batches: those of each kind's plan. kinds: of each layer."""
+    """size: "one" row, "few" or "many". batches: those of each group's plan. groups: of each layer."""
 
     size: str
     batches: tuple[_BatchForms, ...]
-    kinds: tuple[int, ...]
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Layers first .. last - 1, which one recording runs: the kind of each, the weights of all in a row."""
+class _Piece:
+    """Layers first .. last - 1, which one recording runs: the group of each, the weights of all in a row."""
 
     first: int
     last: int
-    kinds: tuple[int, ...]
+    groups: tuple[int, ...]
     weights: tuple[torch.Tensor, ...]
 
 
@@ -69,47 +62,50 @@ def run_layers(
     layers: Iterable[nn.Module],
     hidden_states: torch.Tensor | None,
     residual: torch.Tensor,
-    kinds: Sequence[LayerKind],
+    steps: Sequence[AttentionStep],
     kv_caches: Iterable[KVCache],
-    kv_rows: torch.Tensor,
 ) -> torch.Tensor | None:
-    """The first layers, as many as there are kinds, one after the other: see DecoderLayer.forward."""
-    for kind, layer, kv_cache in zip(kinds, layers, kv_caches, strict=False):
-        hidden_states = layer(hidden_states, residual, kind.rope, kv_cache, kv_rows, kind.plan)
+    """The first layers, as many as there are steps, one after the other: see DecoderLayer.forward."""
+    for step, layer, kv_cache in zip(steps, layers, kv_caches, strict=False):
+        hidden_states = layer(hidden_states, residual, step, kv_cache)
     return hidden_states
+
+
+def can_replay(steps: Sequence[AttentionStep]) -> TypeGuard[Sequence[TorchStep]]:
+    """Whether recordings are for these steps: decoding only."""
+    return all(isinstance(step, TorchStep) and not step.plan.prefill for step in steps)
 
 
 class LayerTraces:
     """Recordings of a decoder's layers, all of one structure, made when a step first needs them.
 
-    layers: the decoder's. kinds: for each, the place of its kind in what `run` is given. Where a recording
+    layers: the decoder's. groups: for each, the place of its step in what `run` is given. Where a recording
     cannot be made (a torch without tracing) layers run as they are.
     """
 
-    def __init__(self, layers: nn.ModuleList, kinds: Sequence[int]) -> None:
+    def __init__(self, layers: nn.ModuleList, groups: Sequence[int]) -> None:
         self._layers = list(layers)
-        self._groups = {size: _group(self._layers, kinds, most) for size, most in _MOST_LAYERS.items()}
+        self._pieces = {size: _cut(self._layers, groups, most) for size, most in _MOST_LAYERS.items()}
         self._traces: dict[_Form, _Replay | None] = {}
 
     def run(
         self,
         hidden_states: torch.Tensor,
         residual: torch.Tensor,
-        kinds: Sequence[LayerKind],
+        steps: Sequence[TorchStep],
         kv_caches: Sequence[KVCache],
-        kv_rows: torch.Tensor,
     ) -> torch.Tensor:
-        """All layers, each as DecoderLayer.forward would; the plans have no prefill rows."""
+        """All layers, each as DecoderLayer.forward would."""
         rows = hidden_states.shape[0]
         size = "one" if rows == 1 else "few" if rows <= FEW_ROWS else "many"
-        batches = tuple(_forms_of(kind.plan) for kind in kinds)
-        shared = [tensor for kind in kinds for tensor in (*kind.rope, *_tensors_of(kind.plan))]
+        batches = tuple(_forms_of(step.plan) for step in steps)
+        shared = [tensor for step in steps for tensor in (*step.rope, *_tensors_of(step.plan))]
         with self._replaying(rows):
-            for group in self._groups[size]:
-                form = _Form(size, batches, group.kinds)
-                caches = kv_caches[group.first : group.last]
-                inputs = (hidden_states, residual, kv_rows, *shared, *chain(*caches), *group.weights)
-                layers = self._layers[group.first : group.last]
+            for piece in self._pieces[size]:
+                form = _Form(size, batches, piece.groups)
+                caches = [tensor for cache in kv_caches[piece.first : piece.last] for tensor in cache[:2]]
+                inputs = (hidden_states, residual, steps[0].kv_rows, *shared, *caches, *piece.weights)
+                layers = self._layers[piece.first : piece.last]
                 if form not in self._traces:
                     self._traces[form] = _record(layers, form, inputs)
                 replay = self._traces[form] or partial(_run_from_inputs, layers, form)
@@ -132,11 +128,11 @@ def _run_from_inputs(layers: Sequence[nn.Module], form: _Form, *tensors: torch.T
     """Layers of the form on the tensors that `LayerTraces.run` puts in a row, their weights among them."""
     hidden_states, residual, kv_rows, *more = tensors
     rest = iter(more)
-    kinds = [_kind_from(rest, batches) for batches in form.batches]
-    caches = [(next(rest), next(rest)) for _ in layers]
+    steps = [_step_from(rest, batches, kv_rows) for batches in form.batches]
+    caches = [KVCache(next(rest), next(rest)) for _ in layers]
     with _weights_replaced([slot for layer in layers for slot in _weight_slots(layer)], list(rest)):
-        output = run_layers(layers, hidden_states, residual, [kinds[k] for k in form.kinds], caches, kv_rows)
-    assert output is not None, "a group has layers"
+        output = run_layers(layers, hidden_states, residual, [steps[g] for g in form.groups], caches)
+    assert output is not None, "a piece has layers"
     return output
 
 
@@ -175,13 +171,13 @@ def _simplified(traced: Any) -> _Replay:
     return replay
 
 
-def _group(layers: Sequence[nn.Module], kinds: Sequence[int], most: int) -> list[_Group]:
-    """Groups of at most `most` layers, as equal as can be: few sizes, few recordings."""
+def _cut(layers: Sequence[nn.Module], groups: Sequence[int], most: int) -> list[_Piece]:
+    """Pieces of at most `most` layers, as equal as can be: few sizes, few recordings."""
     count = -(-len(layers) // most)
     bounds = [len(layers) * i // count for i in range(count + 1)] if count else []
     weights = [[owner[name] for owner, name in _weight_slots(layer)] for layer in layers]
     return [
-        _Group(first, last, tuple(kinds[first:last]), tuple(chain(*weights[first:last])))
+        _Piece(first, last, tuple(groups[first:last]), tuple(chain(*weights[first:last])))
         for first, last in pairwise(bounds)
     ]
 
@@ -210,7 +206,7 @@ def _forms_of(plan: AttentionPlan) -> _BatchForms:
 
 
 def _tensors_of(plan: AttentionPlan) -> list[torch.Tensor]:
-    """The tensors of a plan for decoding in a row; _kind_from puts them together again."""
+    """The tensors of a plan for decoding in a row; _step_from puts them together again."""
     scratch = plan.scratch
     found: list[torch.Tensor | None] = [scratch.k, scratch.v, scratch.wide_k, scratch.wide_v]
     for batch in plan.decode:
@@ -220,7 +216,7 @@ def _tensors_of(plan: AttentionPlan) -> list[torch.Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def _kind_from(tensors: Iterator[torch.Tensor], batch_forms: _BatchForms) -> LayerKind:
+def _step_from(tensors: Iterator[torch.Tensor], batch_forms: _BatchForms, kv_rows: torch.Tensor) -> TorchStep:
     def take() -> torch.Tensor:
         return next(tensors)
 
@@ -235,4 +231,4 @@ def _kind_from(tensors: Iterator[torch.Tensor], batch_forms: _BatchForms) -> Lay
         )
         for scattered, masked in batch_forms
     )
-    return LayerKind(rope, AttentionPlan(batches, (), scratch))
+    return TorchStep(rope, kv_rows, AttentionPlan(batches, (), scratch))

@@ -58,6 +58,7 @@ def build_model_input(
             seq_lens=_to_device(seq_lens.astype(np.int32), device),
             max_query_len=int(query_lens.max()),
             max_seq_len=int(seq_lens.max()),
+            num_decode_rows=int((query_lens == 1).sum()),
         ),
         outputs=outputs,
     )

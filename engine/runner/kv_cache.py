@@ -138,7 +138,7 @@ def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, device: torch.device)
     zeros = _cpu_zeros if device.type == "cpu" else torch.zeros
     try:
         return tuple(
-            (
+            KVCache(
                 zeros(shape, dtype=spec.dtype, device=device),
                 zeros(shape, dtype=spec.dtype, device=device),
             )

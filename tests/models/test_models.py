@@ -169,7 +169,7 @@ def test_the_last_layer_runs_for_the_rows_that_sample(model: CausalLM, sampled: 
         actual = model(replace(whole, logits_indices=last, outputs=outputs), caches[1])
     assert actual.shape == (len(sampled), model.config.hidden_size)
     _assert_logits(actual, expected)
-    for (k, v), (other_k, other_v) in zip(*caches, strict=True):
+    for (k, v, *_), (other_k, other_v, *_) in zip(*caches, strict=True):
         assert torch.equal(k, other_k)
         assert torch.equal(v, other_v)
 

@@ -52,9 +52,9 @@ def test_bytes_per_block(model: ModelConfig) -> None:
     spec = spec_of(model)
     assert spec.bytes_per_block == BLOCK
     caches = allocate_kv_caches(spec, 5, torch.device("cpu"))
-    assert sum(t.nbytes for pair in caches for t in pair) == 5 * BLOCK
+    assert sum(t.nbytes for cache in caches for t in cache.tensors) == 5 * BLOCK
     assert caches[0][0].shape == (5, 2, 16, 16)
-    assert not any(t.any() for pair in caches for t in pair)
+    assert not any(t.any() for cache in caches for t in cache.tensors)
 
 
 def test_sliding_window_only_where_all_layers_have_it(model: ModelConfig) -> None:

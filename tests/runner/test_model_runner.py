@@ -87,8 +87,8 @@ class Engine:
         defaults = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 64}
         self.scheduler = Scheduler(SchedulerConfig(num_blocks, block_size, **(defaults | settings)))
         caches = make_kv_caches(model, num_blocks, block_size, fill=math.nan)
-        for pair in caches:
-            for cache in pair:
+        for kv_cache in caches:
+            for cache in kv_cache.tensors:
                 cache[0] = 0.0
         self.runner = ModelRunner(model, caches, block_size=block_size, device=CPU)
 

@@ -1,0 +1,54 @@
+"""The operations of a forward pass around attention and matrix products, in the two forms they exist in.
+
+TORCH runs on every device; triton_ops() are the Triton kernels, for GPUs (interpreted on CPU tensors).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from halimede.kernels import activation, norm
+from halimede.kernels.embedding import embed
+
+_Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Functions of one signature whatever runs them; docstrings are in kernels/.
+
+    rms_norm, add_rms_norm: `doubled` is for the CPU only, see kernels/norm.py.
+    """
+
+    embed: Callable[[_Tensor, _Tensor, float, torch.dtype], _Tensor]
+    rms_norm: Callable[[_Tensor, _Tensor, float, _Tensor | None], _Tensor]
+    add_rms_norm: Callable[[_Tensor, _Tensor, _Tensor, float, _Tensor | None], _Tensor]
+    silu_and_mul: Callable[[_Tensor], _Tensor]
+    gelu_tanh_and_mul: Callable[[_Tensor], _Tensor]
+
+
+TORCH = Ops(
+    embed=embed,
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    silu_and_mul=activation.silu_and_mul,
+    gelu_tanh_and_mul=activation.gelu_tanh_and_mul,
+)
+
+
+def triton_ops() -> Ops:
+    """The Triton kernels; ImportError where triton is not installed."""
+    from halimede.kernels.gpu import activation as gpu_activation
+    from halimede.kernels.gpu import norm as gpu_norm
+    from halimede.kernels.gpu.embedding import embed as gpu_embed
+
+    return Ops(
+        embed=lambda ids, weight, scale, dtype: gpu_embed(ids, weight, scale=scale, dtype=dtype),
+        rms_norm=lambda x, weight, eps, doubled: gpu_norm.rms_norm(x, weight, eps),
+        add_rms_norm=lambda x, residual, weight, eps, doubled: gpu_norm.add_rms_norm(
+            x, residual, weight, eps
+        ),
+        silu_and_mul=gpu_activation.silu_and_mul,
+        gelu_tanh_and_mul=gpu_activation.gelu_tanh_and_mul,
+    )
