@@ -10,6 +10,8 @@ from halimede.keywords import KeywordChecked
 from halimede.scheduler.config import SchedulingPolicy
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+AttentionBackend = Literal["auto", "triton", "xformers", "torch"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3", "int8"]
 LoadFormat = Literal["auto", "hf", "safetensors", "pt", "gguf", "dummy"]
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -50,6 +52,16 @@ class EngineConfig(KeywordChecked):
     dtype: DType = _option("auto", "Data type of weights and activations.")
     quantization: str | None = _option(None, "Quantization method of the checkpoint; None reads it there.")
     device: str = _option("auto", "torch device, such as cuda, cuda:1 or cpu.")
+    attention_backend: AttentionBackend = _option(
+        "auto",
+        "What attention runs on: auto (triton on a GPU, torch on a CPU), triton (on a CPU interpreted, to "
+        "debug kernels), torch, or xformers (a GPU and halimede[xformers]).",
+    )
+    kv_cache_dtype: KVCacheDType = _option(
+        "auto",
+        "Data type of the KV cache: auto (the model's), fp8 (e4m3) or int8 (a scale per token and head). "
+        "8 bits halve its memory and need the triton attention backend.",
+    )
     tensor_parallel_size: int = _option(1, "Number of GPUs that share each layer.")
     enforce_eager: bool = _option(False, "Never capture GPU graphs.")
     seed: int = _option(0, "Seed of requests that have none of their own.")

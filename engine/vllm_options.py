@@ -13,7 +13,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         "cpu_offload_gb": (0,),
         "data_parallel_size": (1,),
-        "kv_cache_dtype": ("auto",),
         "pipeline_parallel_size": (1,),
         "tokenizer_mode": ("auto", "hf"),
     }

@@ -39,16 +39,14 @@ TORCH = Ops(
 
 def triton_ops() -> Ops:
     """The Triton kernels; ImportError where triton is not installed."""
-    from halimede.kernels.gpu import activation as gpu_activation
-    from halimede.kernels.gpu import norm as gpu_norm
+    from halimede.kernels.gpu.activation import gelu_tanh_and_mul, silu_and_mul
     from halimede.kernels.gpu.embedding import embed as gpu_embed
+    from halimede.kernels.gpu.norm import add_rms_norm, rms_norm
 
     return Ops(
         embed=lambda ids, weight, scale, dtype: gpu_embed(ids, weight, scale=scale, dtype=dtype),
-        rms_norm=lambda x, weight, eps, doubled: gpu_norm.rms_norm(x, weight, eps),
-        add_rms_norm=lambda x, residual, weight, eps, doubled: gpu_norm.add_rms_norm(
-            x, residual, weight, eps
-        ),
-        silu_and_mul=gpu_activation.silu_and_mul,
-        gelu_tanh_and_mul=gpu_activation.gelu_tanh_and_mul,
+        rms_norm=lambda x, weight, eps, doubled: rms_norm(x, weight, eps),
+        add_rms_norm=lambda x, residual, weight, eps, doubled: add_rms_norm(x, residual, weight, eps),
+        silu_and_mul=silu_and_mul,
+        gelu_tanh_and_mul=gelu_tanh_and_mul,
     )

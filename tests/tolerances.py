@@ -13,13 +13,38 @@ KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     # float32 rows that are rounded to 16 bits on the way in and out: products of size 1 to 4.
     "matmul of torch.bfloat16": {torch.float32: (8e-3, 1.2e-2)},
     "matmul of torch.float16": {torch.float32: (1e-3, 1.5e-3)},
-    # Quantized activations: float64 is a code's place among the codes, within a half of the unrounded value's;
-    # float32 the scales. "norm_quantize": after values that were rounded to 16 bits, by 2^-8 at most.
+    # Quantized activations: float64 is a code's place among the codes, within a half of where the value lies
+    # between them; float32 the scales.
     "quantize": {torch.float64: (2e-6, 0.5001), torch.float32: (5e-7, 0.0)},
-    "norm_quantize": {torch.float64: (8e-3, 0.501), torch.float32: (8e-3, 0.0)},
+    # The same of values that were rounded to 16 bits before, once more or less in the last of them; and the
+    # residual, which is rounded once.
+    "norm_quantize": {
+        torch.float64: (8e-3, 0.501),
+        torch.float32: (8e-3, 2e-6),
+        torch.bfloat16: (8e-3, 0.0),
+        torch.float16: (1e-3, 0.0),
+    },
     "layer_norm": {torch.float32: (3e-6, 3e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-5)},
     "rotary": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-4)},
+    "rotary_kv": {torch.float32: (4e-6, 2e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 1e-4)},
+    # Caches of 8 bits against what was not rounded, in steps of their scale: int8 as float32, off by half a
+    # step; float8_e4m3fn as float16, off by half of an eighth; scales as float64.
+    "rotary_kv_8bit": {
+        torch.float32: (0, 0.5005),
+        torch.float16: (0.06, 1e-3),
+        torch.float64: (2e-6, 0),
+        torch.bfloat16: (8e-3, 1e-4),
+    },
+    # One product of two numbers of at most 24 bits, and copies: equal.
+    "embedding": {torch.float32: (0, 0), torch.bfloat16: (0, 0), torch.float16: (0, 0)},
+    "copy": {},
+    # Cuts are logits, or within a rounding of the largest one; scaled logits are rounded up to four times.
+    "sampling_threshold": {torch.float32: (1e-6, 1e-6)},
+    "sampling_adjust": {torch.float32: (5e-7, 1e-6)},
+    "sampling_draw": {},
+    "packed_logprobs": {torch.float32: (1e-6, 2e-6)},
     "activation": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.6e-2, 1e-4), torch.float16: (2e-3, 1e-4)},
+    "attention decode": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (8e-3, 4e-3), torch.float16: (1e-3, 5e-4)},
     "attention over torch.bfloat16": {torch.float32: (8e-3, 4e-3)},
     "attention over torch.float16": {torch.float32: (1e-3, 5e-4)},
     # Triton kernels: weights are rounded to 16 bits before the product with v.

@@ -14,6 +14,7 @@ from halimede.engine.cli.bench import app as bench
 from halimede.engine.cli.chat import chat
 from halimede.engine.cli.doctor import doctor
 from halimede.engine.cli.generate import generate
+from halimede.engine.cli.kernels import app as kernels
 from halimede.engine.cli.models import models
 from halimede.engine.cli.options import with_engine_options, with_options
 from halimede.errors import HalimedeError
@@ -38,6 +39,7 @@ app.command("batch", no_args_is_help=True, short_help="Run a file of requests, o
     with_engine_options(batch)
 )
 app.add_typer(bench, name="bench")
+app.add_typer(kernels, name="kernels")
 app.command("models")(models)
 app.command("doctor")(doctor)
 

@@ -8,11 +8,17 @@ import time
 import torch
 
 from halimede.engine.config import EngineConfig
+from halimede.engine.executor.backend import (
+    make_backend,
+    resolve_attention_backend,
+    resolve_kv_cache_dtype,
+)
 from halimede.engine.executor.device import (
     resolve_activation_dtype,
     resolve_device,
     resolve_dtype,
 )
+from halimede.engine.layers.attention_step import Backend
 from halimede.engine.loader.dummy import fill_with_random_weights
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.weights import load_weights, open_weights
@@ -49,8 +55,14 @@ class LocalExecutor:
         overflows = None if model_config.supports_float16 else model_config.architecture
         self.dtype = resolve_dtype(config.dtype, model_config.dtype, self.device, no_float16_for=overflows)
         longest = check_max_model_len(config, model_config)
-        model = _load(files, model_config, self.device, self.dtype, longest)
-        spec = KVCacheSpec.from_model(model_config, dtype=self.dtype, block_size=config.block_size)
+        attention = resolve_attention_backend(config.attention_backend, self.device)
+        activations = resolve_activation_dtype(self.dtype, self.device)
+        # Triton reads what it computes in (on a GPU the two are one), a CPU's torch path widens.
+        plain = activations if attention == "triton" else self.dtype
+        self.kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, plain, attention)
+        backend = make_backend(attention, self.device, longest)
+        model = _load(files, model_config, self.device, self.dtype, longest, backend)
+        spec = KVCacheSpec.from_model(model_config, dtype=self.kv_cache_dtype, block_size=config.block_size)
 
         def free_bytes() -> int:
             if self.device.type == "cpu":
@@ -89,7 +101,12 @@ class LocalExecutor:
 
 
 def _load(
-    files: ModelFiles, config: ModelConfig, device: torch.device, dtype: torch.dtype, max_model_len: int
+    files: ModelFiles,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+    backend: Backend,
 ) -> CausalLM:
     start = time.monotonic()
     model = build_model(config)
@@ -98,7 +115,7 @@ def _load(
     else:
         with open_weights(files) as source:
             load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
-    computed = _prepare(model, device, dtype, max_model_len)
+    computed = _prepare(model, device, dtype, max_model_len, backend)
     logger.info(
         "loaded %s (%s) in %s%s on %s in %.1f s",
         files.reference,
@@ -111,7 +128,9 @@ def _load(
     return model
 
 
-def _prepare(model: CausalLM, device: torch.device, dtype: torch.dtype, max_model_len: int) -> torch.dtype:
+def _prepare(
+    model: CausalLM, device: torch.device, dtype: torch.dtype, max_model_len: int, backend: Backend
+) -> torch.dtype:
     """Lay the loaded weights out for the device, within its memory. Returns the type of activations."""
     activations = resolve_activation_dtype(dtype, device)
     twice = True
@@ -125,5 +144,5 @@ def _prepare(model: CausalLM, device: torch.device, dtype: torch.dtype, max_mode
                 needed / _GIB,
                 available / _GIB,
             )
-    model.prepare(device, activations, max_model_len, twice=twice)
+    model.prepare(device, activations, max_model_len, twice=twice, backend=backend)
     return activations

@@ -2,16 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from halimede.engine.layers.attention_step import AttentionLayer, LayerGroup
-from halimede.engine.model_input import AttentionMetadata, KVCache, ModelInput, OutputRows
+from halimede.engine.model_input import KVCache, ModelInput
 from halimede.kernels.attention import paged_attention
 from halimede.kernels.attention_plan import AttentionPlan, plan_attention
 from halimede.kernels.kv_cache import cache_rows, write_kv
 from halimede.kernels.ops import TORCH, Ops
 from halimede.kernels.rotary import RotaryFactors, apply_rotary, rotary_factors
+
+
+class _Rows(Protocol):
+    """Of AttentionMetadata and its like, what a plan is made of."""
+
+    @property
+    def block_tables(self) -> torch.Tensor: ...
+    @property
+    def query_start_loc(self) -> torch.Tensor: ...
+    @property
+    def seq_lens(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +89,7 @@ class TorchBackend:
         )
 
 
-def make_plan(
-    attn: AttentionMetadata | OutputRows, kv_cache: KVCache, num_heads: int, window: int | None
-) -> AttentionPlan:
+def make_plan(attn: _Rows, kv_cache: KVCache, num_heads: int, window: int | None) -> AttentionPlan:
     """plan_attention for a step's rows."""
     return plan_attention(
         attn.block_tables,

@@ -30,10 +30,15 @@ class RotaryEmbedding(nn.Module):
         scale = rope_attention_factor(self.config)
         self._cos_sin = ((angles.cos() * scale).to(device), (angles.sin() * scale).to(device))
 
+    @property
+    def tables(self) -> CosSin:
+        """Cosines and sines of every position, (max_positions, rotary_dim / 2)."""
+        assert self._cos_sin is not None, "CausalLM.prepare was not called"
+        return self._cos_sin
+
     def forward(self, positions: torch.Tensor) -> CosSin:
         """(T) int64 -> cosines and sines (T, rotary_dim / 2)."""
-        assert self._cos_sin is not None, "CausalLM.prepare was not called"
-        cos, sin = self._cos_sin
+        cos, sin = self.tables
         return cos[positions], sin[positions]
 
 

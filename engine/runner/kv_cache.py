@@ -16,6 +16,7 @@ from halimede.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
+_SCALE = torch.float32
 _ALIGNMENT = 64  # bytes: a cache line, and what torch gives its own tensors
 
 
@@ -23,6 +24,7 @@ _ALIGNMENT = 64  # bytes: a cache line, and what torch gives its own tensors
 class KVCacheSpec:
     """What one block of the cache holds: keys and values of block_size tokens in every layer.
 
+    Eight-bit types have scales: float8 one for the whole cache, int8 one per token and head.
     sliding_window: tokens that a token sees, None for all of them or when layers differ.
     """
 
@@ -49,8 +51,13 @@ class KVCacheSpec:
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block, keys and values of all layers."""
-        per_layer = self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
-        return 2 * self.num_layers * per_layer
+        per_token = self.head_dim * self.dtype.itemsize + (_SCALE.itemsize if self.scale_per_token else 0)
+        return 2 * self.num_layers * self.num_kv_heads * self.block_size * per_token
+
+    @property
+    def scale_per_token(self) -> bool:
+        """Whether each token and head has a scale."""
+        return self.dtype == torch.int8
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that num_tokens tokens of one sequence fill, the last one perhaps in part."""
@@ -130,17 +137,26 @@ def _more_memory(config: EngineConfig) -> str:
 
 
 def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, device: torch.device) -> tuple[KVCache, ...]:
-    """Zeroed keys and values of each layer, [N, K, B, D]; ConfigError if the memory is not there.
+    """Zeroed keys and values of each layer, [N, K, B, D], and their scales; ConfigError if the memory is not
+    there.
 
-    Zeroed because what a masked score multiplies must not be NaN.
+    Zeroed because what a masked score multiplies must not be NaN. A scale for the whole cache is 1.
     """
     shape = (num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
     zeros = _cpu_zeros if device.type == "cpu" else torch.zeros
+
+    def scale() -> torch.Tensor | None:
+        if spec.scale_per_token:
+            return zeros(shape[:3], dtype=_SCALE, device=device)
+        return torch.ones(1, dtype=_SCALE, device=device) if spec.dtype.itemsize == 1 else None
+
     try:
         return tuple(
             KVCache(
                 zeros(shape, dtype=spec.dtype, device=device),
                 zeros(shape, dtype=spec.dtype, device=device),
+                scale(),
+                scale(),
             )
             for _ in range(spec.num_layers)
         )

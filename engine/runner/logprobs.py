@@ -21,10 +21,25 @@ def token_logprobs(
     values, ids = _top(logits, max(counts))
     ranks = 1 + torch.searchsorted(-values, -values) if max(counts) else ids
     columns = (token_ids, (own - total).squeeze(1), own_ranks, ids, values - total, ranks)
+    return logprob_entries(*(column.tolist() for column in columns), num_logprobs=counts)
+
+
+def logprob_entries(
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    ranks: Sequence[int],
+    top_ids: Sequence[Sequence[int]],
+    top_logprobs: Sequence[Sequence[float]],
+    top_ranks: Sequence[Sequence[int]],
+    *,
+    num_logprobs: Sequence[int],
+) -> list[TokenLogprobs]:
+    """Of each row its token and the first num_logprobs[row] of its most probable tokens (-1: all of them)."""
+    counts = [None if n == -1 else n for n in num_logprobs]
     return [
-        TokenLogprobs((token, *top[:n]), (logprob, *top_logprobs[:n]), (rank, *top_ranks[:n]))
-        for n, token, logprob, rank, top, top_logprobs, top_ranks in zip(
-            counts, *(column.tolist() for column in columns), strict=True
+        TokenLogprobs((token, *ids[:n]), (logprob, *values[:n]), (rank, *places[:n]))
+        for n, token, logprob, rank, ids, values, places in zip(
+            counts, token_ids, logprobs, ranks, top_ids, top_logprobs, top_ranks, strict=True
         )
     ]
 

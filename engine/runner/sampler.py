@@ -2,27 +2,32 @@
 
 The order is vLLM's: log-probabilities come from the raw logits; then masks, bias and penalties; a greedy row
 takes the largest logit, any other row draws after temperature, min_p, top_k and top_p.
+
+Two Samplers do this: TorchSampler, here and in logits.py and logprobs.py, and TritonSampler, in
+gpu_sampler.py. They give the same tokens but for the rounding of floats.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from halimede.engine.runner.logits import adjust_logits, filter_logits
 from halimede.engine.runner.logprobs import token_logprobs
-from halimede.engine.runner.random_stream import exponential_noise, stream_keys
 from halimede.engine.runner.sampling_metadata import RandomRows, SamplingMetadata
+from halimede.kernels.random_stream import exponential_noise, stream_keys
 from halimede.scheduler.output import TokenLogprobs
 
-_NOT_FINITE = -1
-_ALL_FORBIDDEN = -2
+NOT_FINITE = -1
+ALL_FORBIDDEN = -2
 _REASONS = {
-    _NOT_FINITE: (
+    NOT_FINITE: (
         "the model's logits are not finite (NaN or infinity); "
         "the weights may be damaged or dtype too narrow: try dtype='bfloat16' or 'float32'"
     ),
-    _ALL_FORBIDDEN: (
+    ALL_FORBIDDEN: (
         "no token is left to choose: allowed_token_ids, bad_words and min_tokens together forbid every one; "
         "allow more tokens"
     ),
@@ -41,6 +46,59 @@ class SamplerOutput:
     errors: dict[int, str] = field(default_factory=dict)
 
 
+class Sampler(Protocol):
+    """How tokens are chosen; a ModelRunner has one. Logits are the model's, in its dtype."""
+
+    def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        """Choose the next token of each row of logits (S, V), which may be changed in place.
+
+        metadata: of those rows, its tensors on the CPU.
+        """
+        ...
+
+    def token_logprobs(
+        self, logits: torch.Tensor, token_ids: Sequence[int], num_logprobs: Sequence[int]
+    ) -> list[TokenLogprobs]:
+        """The log-probabilities at each row of logits (P, V): see logprobs.token_logprobs."""
+        ...
+
+
+def make_sampler(device: torch.device, *, triton: bool) -> Sampler:
+    """A sampler for logits on `device`. triton: run Triton kernels, which a CPU interprets."""
+    if not triton:
+        return TorchSampler()
+    from halimede.engine.runner.gpu_sampler import TritonSampler
+
+    return TritonSampler(device)
+
+
+class TorchSampler:
+    """A Sampler of torch operations, made for a CPU."""
+
+    def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        """See Sampler.sample."""
+        return sample(logits.float(), metadata)
+
+    def token_logprobs(
+        self, logits: torch.Tensor, token_ids: Sequence[int], num_logprobs: Sequence[int]
+    ) -> list[TokenLogprobs]:
+        """See Sampler.token_logprobs."""
+        tokens = torch.tensor(token_ids, dtype=torch.int64).to(logits.device)
+        return token_logprobs(logits.float(), tokens, num_logprobs)
+
+
+def sampler_output(
+    chosen: Sequence[int], wanted: Sequence[int], entries: Sequence[TokenLogprobs]
+) -> SamplerOutput:
+    """The output for the chosen tokens or codes of all rows, and log-probabilities of the rows `wanted`."""
+    errors = {row: _REASONS[token] for row, token in enumerate(chosen) if token < 0}
+    return SamplerOutput(
+        {row: token for row, token in enumerate(chosen) if token >= 0},
+        {row: entry for row, entry in zip(wanted, entries, strict=True) if row not in errors},
+        errors,
+    )
+
+
 def sample(logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
     """Choose the next token of each row of float32 logits (S, V), which are changed in place."""
     wanted = [row for row, n in enumerate(metadata.num_logprobs) if n is not None]
@@ -48,14 +106,9 @@ def sample(logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
     if wanted and (metadata.changes_logits or len(wanted) < len(logits)):
         raw = logits[wanted]
     chosen = _choose(logits, metadata)
-    token_ids = dict(enumerate(chosen.tolist()))
-    errors = {row: _REASONS[token] for row, token in token_ids.items() if token < 0}
-    logprobs: dict[int, TokenLogprobs] = {}
-    if wanted:
-        counts = [n for n in metadata.num_logprobs if n is not None]
-        entries = token_logprobs(raw, chosen[wanted].clamp(min=0), counts)
-        logprobs = {row: entry for row, entry in zip(wanted, entries, strict=True) if row not in errors}
-    return SamplerOutput({row: t for row, t in token_ids.items() if t >= 0}, logprobs, errors)
+    counts = [n for n in metadata.num_logprobs if n is not None]
+    entries = token_logprobs(raw, chosen[wanted].clamp(min=0), counts) if wanted else []
+    return sampler_output(chosen.tolist(), wanted, entries)
 
 
 def _choose(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
@@ -64,7 +117,7 @@ def _choose(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
         chosen = _argmax(logits)
         # argmax takes a NaN for the largest, so the chosen logit tells whether the row is sound.
         largest = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
-        return chosen.masked_fill_(~largest.isfinite(), _NOT_FINITE)
+        return chosen.masked_fill_(~largest.isfinite(), NOT_FINITE)
     broken = ~logits.amax(dim=-1).isfinite()
     adjust_logits(logits, metadata)
     empty = logits.amax(dim=-1) == -torch.inf if metadata.masks_tokens else None
@@ -76,8 +129,8 @@ def _choose(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
         chosen = _argmax(logits)
         chosen[metadata.random.rows] = _draw(logits[metadata.random.rows], metadata.random)
     if empty is not None:
-        chosen.masked_fill_(empty, _ALL_FORBIDDEN)
-    return chosen.masked_fill_(broken, _NOT_FINITE)
+        chosen.masked_fill_(empty, ALL_FORBIDDEN)
+    return chosen.masked_fill_(broken, NOT_FINITE)
 
 
 def _draw(logits: torch.Tensor, random: RandomRows) -> torch.Tensor:

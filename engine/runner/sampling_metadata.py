@@ -75,14 +75,14 @@ class SamplingMetadata:
         return bool(self.forbidden) or self.banned is not None
 
     @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything is done to the logits of a row that can change which is the largest."""
+        return self.masks_tokens or self.bias is not None or self.penalties is not None
+
+    @property
     def changes_logits(self) -> bool:
         """Whether anything is done to the logits of a row before its token is chosen."""
-        return (
-            self.masks_tokens
-            or self.bias is not None
-            or self.penalties is not None
-            or self.random is not None
-        )
+        return self.adjusts_logits or self.random is not None
 
 
 def build_sampling_metadata(

@@ -1,8 +1,8 @@
 """RMSNorm and residual add + RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
 Layouts: x (T, hidden), or heads (T, H, hidden) of a fused projection, unit stride in the last dimension;
-weight (hidden); y contiguous. One program per row, which stays in registers. Moves 2 * T * hidden elements,
-with the add 4 * T * hidden.
+weight (hidden); y contiguous. A program has one row, or several short ones, in registers. Moves
+2 * T * hidden elements, with the add 4 * T * hidden.
 
 Rounding is kernels/norm.py's: with a weight of x's dtype the norm is rounded before the product, with a
 wider one (Gemma) after it. The sum of x and residual is rounded to their dtype, as the residual is kept.
@@ -15,47 +15,59 @@ import triton
 import triton.language as tl
 
 from halimede.errors import KernelError
+from halimede.kernels.gpu.rows import aligned_strides, row_warps
 from halimede.kernels.launch import launch, target_of
 from halimede.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
+from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
 
-_LARGEST_ROW = 1 << 16
+_LARGEST_ROW = 1 << 15
 
 
-@triton.jit(do_not_specialize=["outer_stride", "inner_stride"])
+@triton.jit(do_not_specialize=["num_rows", "outer_stride", "inner_stride"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     y_ptr,
     eps: tl.float32,
+    num_rows,
     outer_stride,
     inner_stride,
+    UNIT: tl.constexpr,
     INNER: tl.constexpr,
     SIZE: tl.constexpr,
     ADD: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    # Without a mask where none is needed: the compiler then proves 16-byte accesses.
-    mask = None if BLOCK == SIZE else offsets < SIZE
-    other = None if BLOCK == SIZE else 0.0
-    x_row = x_ptr + row // INNER * outer_stride + row % INNER * inner_stride
-    x = tl.load(x_row + offsets, mask=mask, other=other)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    # No mask where none is needed: one instruction less for each access.
+    fits = None if BLOCK == SIZE else columns < SIZE
+    if ROWS == 1:
+        mask = fits
+    elif BLOCK == SIZE:
+        mask = rows < num_rows
+    else:
+        mask = fits & (rows < num_rows)
+    other = None if mask is None else 0.0
+    x_rows = (rows // INNER * outer_stride + rows % INNER * inner_stride) * UNIT
+    offsets = rows * SIZE + columns
+    x = tl.load(x_ptr + x_rows + columns, mask=mask, other=other)
     dtype = x.dtype
     if ADD:
-        residual = tl.load(residual_ptr + row * SIZE + offsets, mask=mask, other=other)
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=other)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
-        tl.store(residual_ptr + row * SIZE + offsets, x, mask=mask)
+        tl.store(residual_ptr + offsets, x, mask=mask)
     wide = x.to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=other)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)[:, None]
+    weight = tl.load(weight_ptr + columns, mask=fits, other=None if fits is None else 0.0)
     if weight.dtype == dtype:
         normed = normed.to(dtype).to(tl.float32)
     y = normed * weight.to(tl.float32)
-    tl.store(y_ptr + row * SIZE + offsets, y.to(dtype), mask=mask)
+    tl.store(y_ptr + offsets, y.to(dtype), mask=mask)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,27 +98,35 @@ def _launch_norm(
             f"rms_norm takes (T, hidden) or (T, H, hidden) with unit stride and a weight (hidden), hidden at "
             f"most {_LARGEST_ROW}; got {tuple(x.shape)} with strides {x.stride()} and {tuple(weight.shape)}"
         )
-    config = pick_config("rms_norm", target_of(x), f"{x.dtype}", size, lambda: _heuristic(size))
+    target = target_of(x)
+    config = pick_config("rms_norm", target, f"{x.dtype}", size, lambda: _heuristic(size, target))
+    num_rows = y.numel() // size
+    unit, (outer_stride, *inner_stride) = aligned_strides(x, *range(x.dim() - 1))
     launch(
         _rms_norm_kernel,
-        (y.numel() // size,),
+        (triton.cdiv(num_rows, config.blocks["ROWS"]),),
         x,
         y if residual is None else residual,
         weight,
         y,
         eps,
-        x.stride(0),
-        x.stride(1),
+        num_rows,
+        outer_stride,
+        *(inner_stride or [0]),
         config=config,
+        UNIT=unit,
         INNER=1 if x.dim() == 2 else x.shape[1],
         SIZE=size,
         ADD=residual is not None,
     )
 
 
-def _heuristic(size: int) -> KernelConfig:
+def _heuristic(size: int, target: Target) -> KernelConfig:
     block = next_power_of_2(size)
-    return KernelConfig({"BLOCK": block}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+    rows = max(1, 1024 // block)
+    return KernelConfig(
+        {"ROWS": rows, "BLOCK": block}, num_warps=row_warps(rows * block, target), num_stages=1
+    )
 
 
 def _run(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Tensors:
@@ -130,11 +150,12 @@ def _case(
     weight_dtype: torch.dtype | None = None,
     sliced: bool = False,
 ) -> Case:
-    """sliced: x is cut out of a larger tensor."""
+    """sliced: x is cut out of a larger tensor, rows of hidden out of longer ones, heads out of more."""
 
     def make(device: torch.device) -> dict[str, Any]:
-        whole = torch.randn(*shape[:-2], shape[-2] + 2 * sliced, shape[-1], device=device) * 3
-        x = whole.to(dtype)[..., : shape[-2], :]
+        heads, columns = (2 * sliced, 0) if len(shape) == 3 else (0, 16 * sliced)
+        whole = torch.randn(*shape[:-2], shape[-2] + heads, shape[-1] + columns, device=device)
+        x = (whole * 3).to(dtype)[..., : shape[-2], : shape[-1]]
         weight = (1 + torch.randn(shape[-1], device=device) / 4).to(weight_dtype or dtype)
         made = {"x": x, "weight": weight, "eps": 1e-5}
         return made | {"residual": torch.randn(shape, device=device).to(dtype)} if add else made
@@ -157,6 +178,7 @@ SPECS = (
         cases=(
             *(_case(f"{shape} {t}", shape, t) for shape in _SHAPES for t in (_BF16, _FP16, _FP32)),
             _case("heads of a projection", (3, 2, 80), _BF16, sliced=True),
+            _case("two tiles of heads", (3, 3, 128), _BF16, sliced=True),
             _case("float32 weight", (3, 100), _BF16, weight_dtype=_FP32),
         ),
         signatures=(
@@ -164,7 +186,13 @@ SPECS = (
             _case("hidden 2560, float32 weight", (64, 2560), _BF16, weight_dtype=_FP32),
             _case("heads of 128", (64, 8, 128), _BF16, sliced=True),
         ),
-        faults=(Fault("/ SIZE + eps", "/ BLOCK * 0.9 + eps"), Fault("* weight.to", "* 1.03 * weight.to")),
+        faults=(
+            Fault("/ SIZE + eps", "/ BLOCK * 0.9 + eps"),
+            Fault("* weight.to", "* 1.03 * weight.to"),
+            Fault("rows % INNER * inner_stride", "rows % INNER"),
+            Fault("rows < num_rows", "rows < num_rows - 1"),
+            Fault("columns < SIZE", "columns < SIZE - 1"),
+        ),
     ),
     KernelSpec(
         name="add_rms_norm",
@@ -175,6 +203,8 @@ SPECS = (
         cases=(
             *(_case(f"{shape} {t}", shape, t, add=True) for shape in _SHAPES for t in (_BF16, _FP32)),
             _case("float16", (3, 100), _FP16, add=True),
+            _case("slice", (2, 1032), _BF16, add=True, sliced=True),
+            _case("slice, aligned to nothing", (18, 63), _BF16, add=True, sliced=True),
             _case("float32 weight", (3, 100), _BF16, add=True, weight_dtype=_FP32),
         ),
         signatures=(
@@ -182,8 +212,9 @@ SPECS = (
             _case("hidden 4096, float16", (64, 4096), _FP16, add=True),
         ),
         faults=(
-            Fault("tl.store(residual_ptr + row * SIZE + offsets, x, mask=mask)", "pass"),
+            Fault("tl.store(residual_ptr + offsets, x, mask=mask)", "pass"),
             Fault("+ residual.to(tl.float32)", "- residual.to(tl.float32)"),
+            Fault("* UNIT", ""),
         ),
     ),
 )

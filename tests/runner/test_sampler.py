@@ -11,10 +11,10 @@ import torch
 from sampling_reference import adjusted, filtered, new_sequence
 
 from halimede.engine.runner.logits import adjust_logits, filter_logits, keep_top_p
-from halimede.engine.runner.random_stream import exponential_noise, stream_keys, torch_bits
 from halimede.engine.runner.sampler import SamplerOutput, sample
 from halimede.engine.runner.sampling_metadata import SamplingMetadata, build_sampling_metadata
 from halimede.engine.runner.sequence_state import SequenceState
+from halimede.kernels.random_stream import exponential_noise, stream_keys, torch_bits
 from halimede.scheduler.output import NewSequence
 from halimede.scheduler.sampling_params import SamplingParams
 

@@ -1,0 +1,67 @@
+"""Tiles, warps and stages of decode attention, where no table says otherwise.
+
+On CUDA a tile of keys is about 16 KB. Codes are decoded in registers, which hold half as many elements. AMD
+GPUs have 64 KB of shared memory and keep one tile in it.
+"""
+
+import torch
+
+from halimede.kernels.target import Target
+from halimede.kernels.tuning import KernelConfig, next_power_of_2
+
+
+def _parts(head_dim: int) -> tuple[int, int]:
+    """A head as two powers of two, the second 0 or at least 32; it may reach beyond the head."""
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    return first, max(32, next_power_of_2(rest)) if rest else 0
+
+
+def heuristic(
+    target: Target,
+    q_dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    block_size: int,
+    split_size: int,
+) -> KernelConfig:
+    """The choice for a target and what is fixed for a model and its engine."""
+    num_warps, stages = 4, 3
+    first, second = _parts(head_dim)
+    tile = 8192 // next_power_of_2(head_dim)
+    if target.backend == "hip":
+        tile, stages = min(32, tile // 2), 2
+    elif target.shared_memory < 128 << 10 or cache_dtype.itemsize == 1:
+        tile //= 2
+        stages = 3 + (cache_dtype.itemsize == 1)
+    piece = 0
+    if target.name == "gfx1100":  # its products take twice the registers: halves of a head, nothing ahead
+        tile, stages = 16, 1
+        first, second = (first, second) if second else (first // 2, first // 2)
+        piece = 64 if head_dim % 64 == 0 and head_dim > 128 else 0
+    if q_dtype == torch.float32:
+        tile, stages = 16, 2
+    if group > 16:
+        tile //= 2
+    tile = max(16, min(tile, max(32, block_size), split_size, 128))
+    chunk = 8 * 32 * num_warps // (next_power_of_2(group) * first)
+    # As many programs as registers and shared memory of a processor hold.
+    shared = 2 * max(1, stages - 1) * tile * (first + second) * cache_dtype.itemsize + 2048
+    programs = min(4 if head_dim <= 64 else 3 if head_dim <= 128 else 2, target.shared_memory // shared)
+    options = {"programs_per_processor": max(1, programs)}
+    if cache_dtype == torch.int8:
+        options["maxnreg"] = 200  # left to itself the compiler takes 168, and spills
+    return KernelConfig(
+        {
+            "TILE": tile,
+            "D0": first,
+            "D1": second,
+            "PIECE": piece,
+            "CHUNK": max(1, min(16, chunk)),
+            "STAGES": stages,
+        },
+        num_warps=num_warps,
+        num_stages=stages,
+        options=options,
+    )

@@ -1,0 +1,413 @@
+"""Paged attention of rows with several query tokens: y = softmax(q k^T * scale + mask) v.
+
+Layouts: q (T, H, D), strides (t, D, 1); caches [N, K, B, D] contiguous, the step's own keys and values in
+them; block_tables (R, max_blocks), query_start_loc (R + 1), seq_lens (R), int32; out (T, H, D) contiguous.
+The last query token of a row is its sequence's last token; the others precede it.
+
+One program takes BLOCK_Q query tokens of a row with all query heads of one kv head, packed in the BLOCK_M
+rows of its products, so a tile of keys is read once for the whole group. It walks over tiles of BLOCK_N keys
+at multiples of BLOCK_N: those that a sliding window cuts, then whole ones without any mask, then those cut by
+causality or the sequence's end. A tile that a token does not see at all changes nothing, bit for bit, so a
+token's result does not depend on how its prompt was cut into steps or on the rows beside it.
+
+4 * D * H FLOPs for each pair of a query token and a key that it sees; reads q once, and keys and values once
+per program. Softmax is online in float32 with exp2; weights are rounded to q's dtype for the second product.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from halimede.kernels.gpu.attention_prefill_cases import CASES, SIGNATURES, reference
+from halimede.kernels.gpu.attention_prefill_checks import (
+    check_numbers,
+    check_scales,
+    check_step,
+    check_tensors,
+    require,
+)
+from halimede.kernels.gpu.float8 import e4m3_to_float16
+from halimede.kernels.launch import launch, target_of
+from halimede.kernels.spec import Fault, KernelSpec, Tensors
+from halimede.kernels.target import Target
+from halimede.kernels.tuning import KernelConfig, pick_config
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Finite, so that the difference of two such maxima is 0 and not NaN: a tile may be hidden from a token.
+_NO_SCORE = tl.constexpr(-1.0e30)
+_SMALLEST_PART = 16
+
+
+@triton.jit
+def _find_row(query_start_loc_ptr, query_block, num_rows, BLOCK_Q: tl.constexpr):
+    """The row that a block of query tokens is of: row r has the blocks from start[r] // BLOCK_Q + r on."""
+    low = num_rows * 0
+    high = num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_before = tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle <= query_block
+        low = tl.where(is_before, middle, low)
+        high = tl.where(is_before, high, middle)
+    return low
+
+
+@triton.jit
+def _load_tile(pointers, mask, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """Keys or values in q's dtype, 0 where masked: what lies in an unused slot may be NaN."""
+    codes = tl.load(pointers, mask=mask, other=None if mask is None else 0.0)
+    if codes.dtype == tl.uint8:
+        tile = e4m3_to_float16(codes, NATIVE).to(DTYPE)
+    else:
+        tile = codes.to(tl.float32).to(DTYPE) if codes.dtype == tl.int8 else codes
+    return tile
+
+
+@triton.jit
+def _load_blocks(table_ptr, start, last, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block that the tile of keys from start on lies in, or if blocks are smaller, that of each key."""
+    keys = start if BLOCK_SIZE >= BLOCK_N else start + tl.arange(0, BLOCK_N)
+    return tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < last, other=0)
+
+
+@triton.jit
+def _attend(
+    acc,
+    acc_rest,
+    row_max,
+    row_sum,
+    q,
+    q_rest,
+    positions,
+    first,
+    last,
+    kv_head,
+    window,
+    multiplier,
+    cap_factor,
+    table_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SCALE_PER_TOKEN: tl.constexpr,
+    NATIVE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Online softmax over the tiles of the keys first .. last - 1; first is a multiple of BLOCK_N.
+
+    A head of MAIN + REST elements is two products, because blocks are powers of two. MASKED: whether the
+    window, causality or the sequence's end may cut a tile. row_max is in units of 1 / multiplier, so that
+    scaling and subtraction are one instruction.
+    """
+    HEAD_DIM: tl.constexpr = MAIN + REST
+    lanes = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, MAIN)[None, :]
+    columns_rest = MAIN + tl.arange(0, max(REST, 16))[None, :]
+    block = _load_blocks(table_ptr, first, last, BLOCK_SIZE, BLOCK_N)
+    for start in tl.range(first, last, BLOCK_N):
+        # One tile ahead, so that nothing waits for it.
+        next_block = _load_blocks(table_ptr, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N)
+        keys = start + lanes
+        is_used = keys < last if MASKED else None
+        is_loaded = is_used[:, None] if MASKED else None
+        if BLOCK_SIZE >= BLOCK_N:
+            slot = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE
+            slots = lanes
+        else:
+            slot = 0
+            slots = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE
+        offsets = slots[:, None] * HEAD_DIM
+        k_tile = k_ptr + slot * HEAD_DIM + offsets
+        v_tile = v_ptr + slot * HEAD_DIM + offsets
+        block = next_block
+
+        k = _load_tile(k_tile + columns, is_loaded, q.dtype, NATIVE)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if REST:
+            k = _load_tile(k_tile + columns_rest, is_loaded, q.dtype, NATIVE)
+            scores = tl.dot(q_rest, tl.trans(k), scores, input_precision="ieee")
+        if SCALE_PER_TOKEN:
+            k_scale = tl.load(k_scale_ptr + slot + slots, mask=is_used, other=0.0 if MASKED else None)
+            scores = scores * k_scale[None, :]
+        if cap_factor is not None:
+            scores = 1.0 - 2.0 / (tl.exp2(scores * cap_factor) + 1.0)
+        if MASKED:
+            is_seen = keys[None, :] <= positions[:, None] if CAUSAL else is_used[None, :]
+            if window is not None:
+                is_seen = is_seen & (keys[None, :] > positions[:, None] - window)
+            scores = tl.where(is_seen, scores, float("-inf"))
+
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        weights = tl.exp2(scores * multiplier - (new_max * multiplier)[:, None])
+        shrink = tl.exp2((row_max - new_max) * multiplier)
+        row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+        row_max = new_max
+        if SCALE_PER_TOKEN:
+            v_scale = tl.load(v_scale_ptr + slot + slots, mask=is_used, other=0.0 if MASKED else None)
+            weights = weights * v_scale[None, :]
+        weights = weights.to(q.dtype)
+        v = _load_tile(v_tile + columns, is_loaded, q.dtype, NATIVE)
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
+        if REST:
+            v = _load_tile(v_tile + columns_rest, is_loaded, q.dtype, NATIVE)
+            acc_rest = tl.dot(weights, v, acc_rest * shrink[:, None], input_precision="ieee")
+    return acc, acc_rest, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_blocks", "min_query_len", "window"])
+def _prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    sinks_ptr,
+    block_tables_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    multiplier,
+    cap_factor,
+    num_rows,
+    max_blocks,
+    min_query_len,
+    window,
+    Q_STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SCALE_PER_TENSOR: tl.constexpr,
+    SCALE_PER_TOKEN: tl.constexpr,
+    NATIVE: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    HEAD_DIM: tl.constexpr = MAIN + REST
+    # Backwards: the last tokens of a row see the most keys, and what takes longest should start first.
+    query_block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = _find_row(query_start_loc_ptr, query_block, num_rows, BLOCK_Q)
+    row_start = tl.load(query_start_loc_ptr + row)
+    query_len = tl.load(query_start_loc_ptr + row + 1) - row_start
+    first_query = (query_block - row_start // BLOCK_Q - row) * BLOCK_Q
+    if (first_query >= query_len) | (query_len < min_query_len):
+        return
+    seq_len = tl.load(seq_lens_ptr + row)
+
+    # Addresses are scalars plus offsets of 32 bits, and masks one bound, to be cheap to hold or to repeat.
+    first_token = row_start + first_query
+    lanes = tl.arange(0, BLOCK_M)
+    is_query = lanes < tl.minimum(query_len - first_query, BLOCK_Q) * GROUP
+    columns = tl.arange(0, MAIN)[None, :]
+    columns_rest = MAIN + tl.arange(0, max(REST, 16))[None, :]
+    q_base = q_ptr + first_token.to(tl.int64) * Q_STRIDE + kv_head * (GROUP * HEAD_DIM)
+    q_offsets = (lanes // GROUP * Q_STRIDE + lanes % GROUP * HEAD_DIM)[:, None]
+    q = tl.load(q_base + (q_offsets + columns), mask=is_query[:, None], other=0.0)
+    q_rest = q
+    if REST:
+        q_rest = tl.load(q_base + (q_offsets + columns_rest), mask=is_query[:, None], other=0.0)
+
+    if SCALE_PER_TENSOR:
+        if cap_factor is None:
+            multiplier *= tl.load(k_scale_ptr)
+        else:
+            cap_factor *= tl.load(k_scale_ptr)
+
+    row_max = tl.full([BLOCK_M], _NO_SCORE, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        sinks = tl.load(sinks_ptr + kv_head * GROUP + lanes % GROUP, mask=is_query, other=0.0)
+        row_max = sinks * _LOG2_E / multiplier
+        row_sum += 1.0
+    acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
+    acc_rest = tl.zeros([BLOCK_M, max(REST, 16)], tl.float32)
+
+    positions = seq_len - query_len + first_query + lanes // GROUP
+    first_position = seq_len - query_len + first_query
+    last_position = tl.minimum(first_position + BLOCK_Q, seq_len) - 1
+    table_ptr = block_tables_ptr + row.to(tl.int64) * max_blocks
+    # Keys first .. last - 1 are seen by some query, whole_first .. whole_last - 1 by all of them.
+    last = seq_len
+    whole_last = seq_len // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        last = last_position + 1
+        whole_last = (first_position + 1) // BLOCK_N * BLOCK_N
+    first = 0
+    whole_first = 0
+    if window is not None:
+        first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        whole_first = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
+    for phase in tl.static_range(1 if window is None else 0, 3):
+        if phase == 0:
+            begin, end = first, tl.minimum(whole_first, last)
+        elif phase == 1:
+            begin, end = whole_first, whole_last
+        else:
+            begin, end = tl.maximum(whole_first, whole_last), last
+        acc, acc_rest, row_max, row_sum = _attend(
+            acc,
+            acc_rest,
+            row_max,
+            row_sum,
+            q,
+            q_rest,
+            positions,
+            begin,
+            end,
+            kv_head,
+            window,
+            multiplier,
+            cap_factor,
+            table_ptr,
+            k_ptr,
+            v_ptr,
+            k_scale_ptr,
+            v_scale_ptr,
+            MASKED=phase != 1,
+            CAUSAL=CAUSAL,
+            SCALE_PER_TOKEN=SCALE_PER_TOKEN,
+            NATIVE=NATIVE,
+            KV_HEADS=KV_HEADS,
+            BLOCK_SIZE=BLOCK_SIZE,
+            MAIN=MAIN,
+            REST=REST,
+            BLOCK_N=BLOCK_N,
+        )
+
+    out_factor = 1.0 / row_sum
+    if SCALE_PER_TENSOR:
+        out_factor = tl.load(v_scale_ptr) * out_factor
+    out_base = out_ptr + (first_token.to(tl.int64) * KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
+    out_offsets = (lanes // GROUP * (KV_HEADS * GROUP * HEAD_DIM) + lanes % GROUP * HEAD_DIM)[:, None]
+    y = (acc * out_factor[:, None]).to(q.dtype)
+    tl.store(out_base + (out_offsets + columns), y, mask=is_query[:, None])
+    if REST:
+        y = (acc_rest * out_factor[:, None]).to(q.dtype)
+        tl.store(out_base + (out_offsets + columns_rest), y, mask=is_query[:, None])
+
+
+def paged_attention_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    min_query_len: int = 2,
+) -> None:
+    """Write to `out` (T, H, D) the attention of the rows that have at least min_query_len query tokens.
+
+    The other rows' tokens in `out` stay as they are. Inputs as in paged_attention_reference; q (T, H, D) may
+    be a slice of a fused projection; a cache of 8-bit codes needs k_scale and v_scale, (1) or [N, K, B].
+    KernelError for shapes, layouts and dtypes that the kernel does not take.
+    """
+    check_tensors(q, k_cache, v_cache, out, sinks)
+    check_step(block_tables, query_start_loc, seq_lens)
+    check_scales(k_cache, k_scale, v_scale)
+    check_numbers(scale, sliding_window, softcap)
+    num_tokens, num_heads, head_dim = q.shape
+    num_rows = seq_lens.shape[0]
+    _, kv_heads, block_size, _ = k_cache.shape
+    if num_tokens == 0 or num_rows == 0:
+        return
+    group, target, (main, rest) = num_heads // kv_heads, target_of(q), _parts(head_dim)
+    config = pick_config(
+        "attention_prefill",
+        target,
+        f"{q.dtype},{k_cache.dtype},{head_dim},{block_size}",
+        num_tokens,
+        lambda: _heuristic(target, q.dtype, k_cache.dtype, head_dim, block_size),
+    )
+    block_q = config.blocks["BLOCK_M"] // group
+    is_e4m3 = k_cache.dtype == torch.float8_e4m3fn
+    launch(
+        _prefill_kernel,
+        (num_tokens // block_q + num_rows, kv_heads),
+        q,
+        k_cache.view(torch.uint8) if is_e4m3 else k_cache,
+        v_cache.view(torch.uint8) if is_e4m3 else v_cache,
+        k_scale,
+        v_scale,
+        sinks,
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        out,
+        _LOG2_E.value * (scale if softcap is None else softcap),
+        None if softcap is None else 2 * _LOG2_E.value * scale / softcap,
+        num_rows,
+        block_tables.stride(0),
+        min_query_len,
+        sliding_window,
+        config=config,
+        Q_STRIDE=q.stride(0),
+        CAUSAL=causal,
+        SCALE_PER_TENSOR=k_scale is not None and k_scale.dim() == 1,
+        SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
+        NATIVE=target.native_e4m3,
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=block_size,
+        MAIN=main,
+        REST=rest,
+    )
+
+
+def _parts(head_dim: int) -> tuple[int, int]:
+    """Powers of two that add up to head_dim, the second 0 if one is enough; KernelError if two are not."""
+    main = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - main
+    require(
+        16 <= main <= 256 and (rest == 0 or (rest >= _SMALLEST_PART and rest & (rest - 1) == 0)),
+        f"head_dim must be at most 256 and a power of two, or the sum of two, from 16 on; it is {head_dim}",
+    )
+    return main, rest
+
+
+def _heuristic(
+    target: Target, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, block_size: int
+) -> KernelConfig:
+    return KernelConfig({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2)
+
+
+def _run(**step: Any) -> Tensors:
+    """As paged_attention_prefill, but `out` is made here and holds zeros for the rows left out."""
+    out = torch.zeros_like(step["q"], memory_format=torch.contiguous_format)
+    paged_attention_prefill(out=out, **step)
+    return (out,)
+
+
+SPECS = (
+    KernelSpec(
+        name="attention_prefill",
+        summary="paged attention of rows with several query tokens",
+        launcher=_run,
+        reference=reference,
+        tolerance="attention prefill",
+        cases=CASES,
+        signatures=SIGNATURES,
+        faults=(Fault("<= positions[:, None] if CAUSAL", "< positions[:, None] if CAUSAL"),),
+        matrix_product=True,
+    ),
+)
