@@ -44,7 +44,11 @@ KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "sampling_draw": {},
     "packed_logprobs": {torch.float32: (1e-6, 2e-6)},
     "activation": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.6e-2, 1e-4), torch.float16: (2e-3, 1e-4)},
-    "attention decode": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (8e-3, 4e-3), torch.float16: (1e-3, 5e-4)},
+    "attention decode": {
+        torch.float32: (1e-5, 2e-6),
+        torch.bfloat16: (8e-3, 4e-3),
+        torch.float16: (1e-3, 5e-4),
+    },
     "attention over torch.bfloat16": {torch.float32: (8e-3, 4e-3)},
     "attention over torch.float16": {torch.float32: (1e-3, 5e-4)},
     # Triton kernels: weights are rounded to 16 bits before the product with v.

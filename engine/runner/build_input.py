@@ -40,13 +40,7 @@ def build_model_input(
         block_tables[row_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
     )
     sampled = np.fromiter((s.needs_sample for s in scheduled), dtype=np.bool_, count=rows)
-    outputs = None
-    if not all_hidden_states and num_tokens > sampled.sum():
-        outputs = OutputRows(
-            block_tables=_to_device(block_tables[sampled], device),
-            query_start_loc=_to_device(np.arange(sampled.sum() + 1, dtype=np.int32), device),
-            seq_lens=_to_device(seq_lens[sampled].astype(np.int32), device),
-        )
+    only_sampled = not all_hidden_states and num_tokens > sampled.sum()
     return ModelInput(
         input_ids=_to_device(input_ids, device),
         positions=_to_device(positions, device),
@@ -60,7 +54,17 @@ def build_model_input(
             max_seq_len=int(seq_lens.max()),
             num_decode_rows=int((query_lens == 1).sum()),
         ),
-        outputs=outputs,
+        outputs=_output_rows(block_tables[sampled], seq_lens[sampled], device) if only_sampled else None,
+    )
+
+
+def _output_rows(
+    block_tables: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int64], device: torch.device
+) -> OutputRows:
+    return OutputRows(
+        block_tables=_to_device(block_tables, device),
+        query_start_loc=_to_device(np.arange(len(seq_lens) + 1, dtype=np.int32), device),
+        seq_lens=_to_device(seq_lens.astype(np.int32), device),
     )
 
 

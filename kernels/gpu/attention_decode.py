@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 
 from halimede.kernels.gpu.attention_decode_cases import CASES, SIGNATURES, reference
-from halimede.kernels.gpu.attention_decode_checks import CODES, check, check_options
+from halimede.kernels.gpu.attention_decode_checks import check, check_options
 from halimede.kernels.gpu.attention_decode_config import heuristic
 from halimede.kernels.gpu.attention_decode_plan import DecodePlan, plan_decode
-from halimede.kernels.gpu.attention_decode_reduce import finish, reduce_splits, store_part
+from halimede.kernels.gpu.attention_decode_reduce import arrive, finish, reduce_splits, store_part
 from halimede.kernels.gpu.attention_decode_tile import attend_tile, load_block_ids, load_heads, slots_of
 from halimede.kernels.launch import launch, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
@@ -86,6 +86,7 @@ def _attention_decode_kernel(
     FLOAT8: tl.constexpr,
     NATIVE: tl.constexpr,
     WEIGHT_SCALE: tl.constexpr,
+    FENCE_THREADS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -189,11 +190,8 @@ def _attention_decode_kernel(
             statistics = statistics_ptr + slot * (2 * GROUP) + heads
             tl.store(statistics, row_max, mask=heads < GROUP)
             tl.store(statistics + GROUP, row_sum, mask=heads < GROUP)
-            # One thread counts for all: their stores come first, and their loads after it.
             counter = counters_ptr + row * NUM_KV_HEADS + head
-            tl.debug_barrier()
-            arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-            tl.debug_barrier()
+            arrived = arrive(counter, part, GROUP * HEAD_DIM, FENCE_THREADS)
             if arrived == num_splits - 1:
                 reduce_splits(
                     out_row, sinks_ptr, v_scale_ptr, accumulators_ptr, statistics_ptr, first_slot, num_splits,
@@ -226,43 +224,48 @@ def paged_attention_decode(
     """
     check(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, plan, out)
     check_options(q, k_cache, plan, sliding_window, sinks, k_scale, v_scale)
-    num_rows, num_kv_heads, group = seq_lens.shape[0], k_cache.shape[1], q.shape[1] // k_cache.shape[1]
-    target, is_float8 = target_of(q), k_cache.dtype == torch.float8_e4m3fn
-    per_token = k_scale is not None and k_scale.dim() == 3
-    in_float16 = k_cache.dtype in CODES and q.dtype != torch.float32
+    num_rows, num_kv_heads, target = seq_lens.shape[0], k_cache.shape[1], target_of(q)
     config = _config(target, q, k_cache, plan.split_size)
     programs = config.options.get("programs_per_processor", 2) * num_processors(q.device)
+    if k_cache.dtype == torch.float8_e4m3fn:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     launch(
         _attention_decode_kernel,
         (min(num_rows * plan.max_splits * num_kv_heads, programs),),
-        q,
-        *(cache.view(torch.uint8) if is_float8 else cache for cache in (k_cache, v_cache)),
-        *(block_tables, query_start_loc, seq_lens, plan.work_offsets),
+        *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, plan.work_offsets),
         *(plan.workspace.accumulators, plan.workspace.statistics, plan.workspace.counters),
         *(out, sinks, k_scale, v_scale),
         scale * _LOG2_E.value * (1 if softcap is None else 2 / softcap),
         (softcap or 0.0) * _LOG2_E.value,
-        num_rows,
-        block_tables.stride(0),
-        q.shape[2],
+        *(num_rows, block_tables.stride(0), q.shape[2]),
         config=config,
-        Q_STRIDE=q.stride(0),
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=q.shape[2],
-        BLOCK_SIZE=k_cache.shape[2],
         WINDOW=sliding_window or 0,
         SPLIT=plan.split_size,
         SOFTCAP=softcap is not None,
-        PER_TOKEN=per_token,
-        IN_FLOAT16=in_float16,
-        FLOAT8=is_float8,
-        NATIVE=target.native_e4m3,
-        # Scales of a few thousandths would make small weights vanish in float16.
-        WEIGHT_SCALE=1024.0 if per_token and (in_float16 or q.dtype == torch.float16) else 1.0,
-        BLOCK_M=max(16, next_power_of_2(group)),
-        REDUCE_M=next_power_of_2(group),
+        FENCE_THREADS=config.num_warps * target.warp_size if target.backend == "hip" else 0,
+        **_constants(target, q, k_cache, k_scale is not None and k_scale.dim() == 3),
     )
+
+
+def _constants(target: Target, q: torch.Tensor, codes: torch.Tensor, per_token: bool) -> dict[str, Any]:
+    """What follows from shapes and dtypes. codes: a cache, of bytes if it is float8."""
+    group = q.shape[1] // codes.shape[1]
+    in_float16 = codes.dtype.itemsize == 1 and q.dtype != torch.float32
+    return {
+        "Q_STRIDE": q.stride(0),
+        "NUM_KV_HEADS": codes.shape[1],
+        "GROUP": group,
+        "HEAD_DIM": q.shape[2],
+        "BLOCK_SIZE": codes.shape[2],
+        "PER_TOKEN": per_token,
+        "IN_FLOAT16": in_float16,
+        "FLOAT8": codes.dtype == torch.uint8,
+        "NATIVE": target.native_e4m3,
+        # Scales of a few thousandths would make small weights vanish in float16.
+        "WEIGHT_SCALE": 1024.0 if per_token and (in_float16 or q.dtype == torch.float16) else 1.0,
+        "BLOCK_M": max(16, next_power_of_2(group)),
+        "REDUCE_M": next_power_of_2(group),
+    }
 
 
 def _config(target: Target, q: torch.Tensor, k_cache: torch.Tensor, split_size: int) -> KernelConfig:

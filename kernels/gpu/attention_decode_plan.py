@@ -130,8 +130,9 @@ def plan_decode(
 ) -> DecodePlan:
     """The plan of a step: query_start_loc (R + 1) int32, seq_lens (R) int32.
 
-    max_seq_len: no sequence is longer, ever; with split_size (None: default_split_size(max_seq_len)), a power
-    of two of 16 and more, it decides how rows are cut. workspace: to be shared; None makes one for this plan.
+    max_seq_len: no sequence is longer while the plan is used. split_size: tokens, a power of two of 16 and
+    more; None is default_split_size(max_seq_len), for a max_seq_len that is the same at every step, because
+    rows must always be cut alike. workspace: to be shared; None makes one for this plan.
     Raises KernelError for wrong shapes and a workspace that is too small.
     """
     rows = seq_lens.shape[0]
@@ -148,32 +149,28 @@ def plan_decode(
             **sizes,
         )
     splits = max_splits(max_seq_len, split_size, sliding_window)
-    slots = rows * num_kv_heads * splits
-    shape = (num_heads // num_kv_heads, head_dim)
-    if (
-        workspace.accumulators.shape[1:] != shape
-        or workspace.accumulators.shape[0] < slots
-        or workspace.counters.shape[0] < rows * num_kv_heads
-    ):
-        raise KernelError(
-            f"the workspace has accumulators {tuple(workspace.accumulators.shape)} and "
-            f"{workspace.counters.shape[0]} counters; {rows} rows of {splits} splits need {(slots, *shape)} "
-            f"and {rows * num_kv_heads}: make it with decode_workspace for the largest step"
-        )
+    _check_workspace(workspace, rows * num_kv_heads, splits, (num_heads // num_kv_heads, head_dim))
     offsets = torch.empty(rows + 1, dtype=torch.int32, device=seq_lens.device)
     config = pick_config("attention_decode_plan", target_of(seq_lens), "", rows, _heuristic)
     launch(
         _attention_decode_plan_kernel,
         (1,),
-        query_start_loc,
-        seq_lens,
-        offsets,
-        rows,
+        *(query_start_loc, seq_lens, offsets, rows),
         config=config,
         WINDOW=sliding_window or 0,
         SPLIT=split_size,
     )
     return DecodePlan(offsets, workspace, split_size, sliding_window, splits)
+
+
+def _check_workspace(workspace: DecodeWorkspace, counters: int, splits: int, slot: tuple[int, int]) -> None:
+    """counters: rows * kv heads; splits: of each; slot: (H / K, D)."""
+    accumulators, given = workspace.accumulators.shape, workspace.counters.shape[0]
+    if accumulators[1:] != slot or accumulators[0] < counters * splits or given < counters:
+        raise KernelError(
+            f"the workspace has accumulators {tuple(accumulators)} and {given} counters; the step needs "
+            f"{(counters * splits, *slot)} and {counters}: make it with decode_workspace for the largest step"
+        )
 
 
 def _check(

@@ -73,6 +73,25 @@ def finish(
 
 
 @triton.jit
+def arrive(counter, part, SIZE: tl.constexpr, FENCE_THREADS: tl.constexpr):
+    """Count a stored part; how many were counted before it. Their stores happened before what follows.
+
+    One thread counts for all. On CUDA the barriers around it order the others' memory accesses as well. On
+    AMD they do not: a wave waits for its own stores only, and may have a cache of its own. There each of the
+    FENCE_THREADS threads (CUDA: 0) adds 0 to the SIZE words of the part, which releases and acquires.
+    """
+    if FENCE_THREADS > 0:
+        words = part.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, FENCE_THREADS) % SIZE
+        tl.atomic_add(words, 0, sem="acq_rel")
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+    tl.debug_barrier()
+    if FENCE_THREADS > 0:
+        tl.atomic_add(words, 0, sem="acq_rel")
+    return arrived
+
+
+@triton.jit
 def reduce_splits(
     out_ptr,
     sinks_ptr,

@@ -69,6 +69,18 @@ def log_noise(start, ids):
     return tl.log2(tl.where(u < 0.25, small, tl.log2(1.0 - u) * -LN_2)) * LN_2
 
 
+@triton.jit
+def _perturb(x, ids, temperature, start, cut, last, FILTERED: tl.constexpr):
+    """Logits as what the drawn token is the largest of; a greedy row's, of temperature 0, as they are."""
+    if temperature > 0.0:
+        if FILTERED:
+            x = tl.where((x > cut) | ((x == cut) & (ids <= last)), x, float("-inf"))
+        # Most blocks of a filtered row have nothing left, and noise is the costly part.
+        if tl.max(x, axis=0) > float("-inf"):
+            x = x / temperature - log_noise(start, ids)
+    return x
+
+
 @triton.jit(do_not_specialize=["num_splits"])
 def _draw_kernel(
     logits_ptr,
@@ -89,10 +101,10 @@ def _draw_kernel(
     BLOCK: tl.constexpr,
 ):
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    temperature = 0.0
     if RANDOM:
         temperature = tl.load(temperature_ptr + row)
         start = stream_start(tl.load(keys_ptr + 2 * row), tl.load(keys_ptr + 2 * row + 1))
+    cut, last = 0.0, 0
     if FILTERED:
         cut, last = tl.load(cut_ptr + row), tl.load(last_ptr + row)
     best = tl.full([BLOCK], _MINUS_INFINITY, tl.int32)
@@ -102,12 +114,8 @@ def _draw_kernel(
             logits_ptr + row * STRIDE, (split * _BLOCKS_A_PROGRAM + block) * BLOCK, SIZE, BLOCK
         )
         broken = (x != x) | (x == float("inf"))
-        if temperature > 0.0:
-            if FILTERED:
-                x = tl.where((x > cut) | ((x == cut) & (ids <= last)), x, float("-inf"))
-            # Most blocks of a filtered row have nothing left, and noise is the costly part.
-            if tl.max(x, axis=0) > float("-inf"):
-                x = x / temperature - log_noise(start, ids)
+        if RANDOM:
+            x = _perturb(x, ids, temperature, start, cut, last, FILTERED)
         image = tl.where(broken, _BROKEN, order_image(x))
         best_ids = tl.where(image > best, ids, best_ids)
         best = tl.maximum(best, image)
