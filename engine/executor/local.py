@@ -33,6 +33,7 @@ from halimede.engine.runner.kv_cache import (
 )
 from halimede.engine.runner.memory import available_memory, cpu_kv_bytes, gpu_kv_bytes
 from halimede.engine.runner.model_runner import ModelRunner
+from halimede.engine.runner.sampler import make_sampler
 from halimede.errors import EngineDeadError
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
 
@@ -80,8 +81,13 @@ class LocalExecutor:
             size.num_blocks * spec.bytes_per_block / _GIB,
             size.max_model_len,
         )
+        uses_triton = self.device.type != "cpu" or attention == "triton"
         self._runner: ModelRunner | None = ModelRunner(
-            model, kv_caches, block_size=spec.block_size, device=self.device
+            model,
+            kv_caches,
+            block_size=spec.block_size,
+            device=self.device,
+            sampler=make_sampler(self.device, triton=uses_triton),
         )
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:

@@ -243,6 +243,6 @@ class CausalLM(nn.Module):
         return hidden_states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(L, hidden) -> (L, V) float32."""
+        """(L, hidden) -> (L, V), of the activations' dtype."""
         logits: torch.Tensor = self.lm_head(hidden_states)
-        return logits.float()
+        return logits

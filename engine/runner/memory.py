@@ -11,6 +11,7 @@ from halimede.engine.config import EngineConfig
 from halimede.engine.models.base import CausalLM
 from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
 from halimede.engine.runner.model_runner import ModelRunner
+from halimede.engine.runner.sampler import make_sampler
 from halimede.scheduler.output import NewSequence, ScheduledSequence, SchedulerOutput
 from halimede.scheduler.request import Request
 from halimede.scheduler.sampling_params import SamplingParams
@@ -63,7 +64,8 @@ def _activation_peak(
 ) -> int:
     """Bytes that a step of max_num_batched_tokens tokens allocates beyond weights and cache."""
     kv_caches = allocate_kv_caches(spec, 1, device)
-    runner = ModelRunner(model, kv_caches, block_size=spec.block_size, device=device)
+    sampler = make_sampler(device, triton=True)
+    runner = ModelRunner(model, kv_caches, block_size=spec.block_size, device=device, sampler=sampler)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -7,8 +7,7 @@ import torch
 from halimede.engine.model_input import KVCache, ModelInput
 from halimede.engine.models.base import CausalLM
 from halimede.engine.runner.build_input import build_model_input
-from halimede.engine.runner.logprobs import token_logprobs
-from halimede.engine.runner.sampler import sample
+from halimede.engine.runner.sampler import Sampler
 from halimede.engine.runner.sampling_metadata import build_sampling_metadata
 from halimede.engine.runner.sequence_state import SequenceState
 from halimede.scheduler.output import ModelRunnerOutput, ScheduledSequence, SchedulerOutput, TokenLogprobs
@@ -24,12 +23,19 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: CausalLM, kv_caches: Sequence[KVCache], *, block_size: int, device: torch.device
+        self,
+        model: CausalLM,
+        kv_caches: Sequence[KVCache],
+        *,
+        block_size: int,
+        device: torch.device,
+        sampler: Sampler,
     ) -> None:
         self._model = model
         self._kv_caches = kv_caches
         self._block_size = block_size
         self._device = device
+        self._sampler = sampler
         self._vocab_size = model.config.vocab_size
         self._states: dict[int, SequenceState] = {}
 
@@ -62,9 +68,7 @@ class ModelRunner:
 
     def _update_state(self, scheduled: ScheduledSequence) -> SequenceState:
         if scheduled.new is not None:
-            self._states[scheduled.seq_id] = SequenceState(
-                scheduled.new, vocab_size=self._vocab_size, device=self._device
-            )
+            self._states[scheduled.seq_id] = SequenceState(scheduled.new, vocab_size=self._vocab_size)
         state = self._states[scheduled.seq_id]
         state.append_blocks(scheduled.new_block_ids)
         return state
@@ -81,10 +85,8 @@ class ModelRunner:
         if model_input.outputs is None:
             hidden_states = hidden_states[model_input.logits_indices]
         logits = self._model.compute_logits(hidden_states)
-        metadata = build_sampling_metadata(
-            [state for _, state in sampling], vocab_size=self._vocab_size, device=self._device
-        )
-        sampled = sample(logits, metadata)
+        metadata = build_sampling_metadata([state for _, state in sampling], vocab_size=self._vocab_size)
+        sampled = self._sampler.sample(logits, metadata)
         for row, token_id in sampled.token_ids.items():
             sampling[row][1].append_token(token_id)
         return ModelRunnerOutput(
@@ -113,6 +115,5 @@ class ModelRunner:
             for at in range(0, len(targets), _PROMPT_LOGITS_SLICE):
                 piece = targets[at : at + _PROMPT_LOGITS_SLICE]
                 logits = self._model.compute_logits(hidden_states[start + at : start + at + len(piece)])
-                tokens = torch.tensor(piece, dtype=torch.int64).to(self._device)
-                entries += token_logprobs(logits, tokens, [num_logprobs] * len(piece))
+                entries += self._sampler.token_logprobs(logits, piece, [num_logprobs] * len(piece))
             yield chunk.seq_id, tuple(entries)

@@ -85,33 +85,29 @@ class SamplingMetadata:
         return self.adjusts_logits or self.random is not None
 
 
-def build_sampling_metadata(
-    states: Sequence[SequenceState], *, vocab_size: int, device: torch.device
-) -> SamplingMetadata:
-    """The SamplingMetadata of the sequences that sample in this step, in row order."""
+def build_sampling_metadata(states: Sequence[SequenceState], *, vocab_size: int) -> SamplingMetadata:
+    """The SamplingMetadata of the sequences that sample in this step, in row order, on the CPU."""
     params = [state.request.sampling_params for state in states]
     return SamplingMetadata(
         forbidden=tuple((row, s.forbidden) for row, s in enumerate(states) if s.forbidden is not None),
-        banned=_banned(states, vocab_size, device),
-        bias=_bias(params, vocab_size, device),
-        penalties=_penalties(states, device),
-        random=_random(states, vocab_size, device),
+        banned=_banned(states, vocab_size),
+        bias=_bias(params, vocab_size),
+        penalties=_penalties(states),
+        random=_random(states, vocab_size),
         num_logprobs=tuple(p.logprobs for p in params),
     )
 
 
-def _banned(
-    states: Sequence[SequenceState], vocab_size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _banned(states: Sequence[SequenceState], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     pairs = [(row, t) for row, state in enumerate(states) for t in state.banned_token_ids() if t < vocab_size]
     if not pairs:
         return None
-    rows, tokens = torch.tensor(pairs, dtype=torch.int64).to(device).unbind(1)
+    rows, tokens = torch.tensor(pairs, dtype=torch.int64).unbind(1)
     return rows, tokens
 
 
 def _bias(
-    params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+    params: Sequence[SamplingParams], vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     entries = [
         (row, token, value)
@@ -124,18 +120,18 @@ def _bias(
         return None
     rows, tokens, values = zip(*entries, strict=True)
     return (
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.tensor(tokens, dtype=torch.int64).to(device),
-        torch.tensor(values, dtype=torch.float32).to(device),
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor(values, dtype=torch.float32),
     )
 
 
-def _column(params: Sequence[SamplingParams], value: _Value, device: torch.device) -> torch.Tensor:
+def _column(params: Sequence[SamplingParams], value: _Value) -> torch.Tensor:
     """(len(params), 1) float32."""
-    return torch.tensor([[value(p)] for p in params], dtype=torch.float32).to(device)
+    return torch.tensor([[value(p)] for p in params], dtype=torch.float32)
 
 
-def _penalties(states: Sequence[SequenceState], device: torch.device) -> Penalties | None:
+def _penalties(states: Sequence[SequenceState]) -> Penalties | None:
     used = [
         (row, s.request.sampling_params, s.counts) for row, s in enumerate(states) if s.counts is not None
     ]
@@ -144,19 +140,19 @@ def _penalties(states: Sequence[SequenceState], device: torch.device) -> Penalti
     sizes = [len(counts.token_ids) for _, _, counts in used]
 
     def repeated(values: list[float], dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), sizes)).to(device)
+        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), sizes))
 
     return Penalties(
         rows=repeated([row for row, _, _ in used], np.int64),
-        token_ids=torch.from_numpy(np.concatenate([c.token_ids for _, _, c in used])).to(device),
-        output_counts=torch.from_numpy(np.concatenate([c.output_counts for _, _, c in used])).to(device),
+        token_ids=torch.from_numpy(np.concatenate([c.token_ids for _, _, c in used])),
+        output_counts=torch.from_numpy(np.concatenate([c.output_counts for _, _, c in used])),
         repetition=repeated([p.repetition_penalty for _, p, _ in used], np.float32),
         frequency=repeated([p.frequency_penalty for _, p, _ in used], np.float32),
         presence=repeated([p.presence_penalty for _, p, _ in used], np.float32),
     )
 
 
-def _random(states: Sequence[SequenceState], vocab_size: int, device: torch.device) -> RandomRows | None:
+def _random(states: Sequence[SequenceState], vocab_size: int) -> RandomRows | None:
     rows = [row for row, state in enumerate(states) if not state.request.sampling_params.greedy]
     if not rows:
         return None
@@ -165,10 +161,10 @@ def _random(states: Sequence[SequenceState], vocab_size: int, device: torch.devi
     top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     uses_top_p, uses_min_p = any(p.top_p < 1 for p in params), any(p.min_p > 0 for p in params)
     return RandomRows(
-        rows=None if len(rows) == len(states) else torch.tensor(rows, dtype=torch.int64).to(device),
+        rows=None if len(rows) == len(states) else torch.tensor(rows, dtype=torch.int64),
         keys=[(state.request.seed, len(state.token_ids)) for state in drawing],
-        temperature=_column(params, lambda p: p.temperature, device),
-        min_p=_column(params, lambda p: p.min_p, device) if uses_min_p else None,
-        top_k=torch.tensor(top_k).to(device) if min(top_k) < vocab_size else None,
-        top_p=_column(params, lambda p: p.top_p, device).squeeze(1) if uses_top_p else None,
+        temperature=_column(params, lambda p: p.temperature),
+        min_p=_column(params, lambda p: p.min_p) if uses_min_p else None,
+        top_k=torch.tensor(top_k) if min(top_k) < vocab_size else None,
+        top_p=_column(params, lambda p: p.top_p).squeeze(1) if uses_top_p else None,
     )

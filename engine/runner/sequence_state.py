@@ -53,7 +53,7 @@ class SequenceState:
 
     __slots__ = ("_blocks", "_num_blocks", "counts", "forbidden", "num_prompt_tokens", "request", "token_ids")
 
-    def __init__(self, new: NewSequence, *, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, new: NewSequence, *, vocab_size: int) -> None:
         params = new.request.sampling_params
         self.request = new.request
         self.token_ids = list(new.token_ids)
@@ -68,9 +68,8 @@ class SequenceState:
         self.forbidden: torch.Tensor | None = None
         if params.allowed_token_ids is not None:
             allowed = [token for token in params.allowed_token_ids if token < vocab_size]
-            forbidden = torch.ones(vocab_size, dtype=torch.bool)
-            forbidden[allowed] = False
-            self.forbidden = forbidden.to(device)
+            self.forbidden = torch.ones(vocab_size, dtype=torch.bool)
+            self.forbidden[allowed] = False
 
     @property
     def num_output_tokens(self) -> int:

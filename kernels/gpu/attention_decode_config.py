@@ -36,10 +36,12 @@ def heuristic(
         tile //= 2
         stages = 3 + (cache_dtype.itemsize == 1)
     piece = 0
-    if target.name == "gfx1100":  # its products take twice the registers: halves of a head, nothing ahead
+    if target.backend == "hip" and target.warp_size == 32:  # where products take more registers
+        is_wide = head_dim > (64 if cache_dtype.itemsize == 1 else 128)
+        piece = 64 if is_wide and head_dim % 64 == 0 else 0
+    if target.name == "gfx1100":  # and twice as many: halves of a head, nothing ahead
         tile, stages = 16, 1
         first, second = (first, second) if second else (first // 2, first // 2)
-        piece = 64 if head_dim % 64 == 0 and head_dim > 128 else 0
     if q_dtype == torch.float32:
         tile, stages = 16, 2
     if group > 16:
@@ -48,10 +50,11 @@ def heuristic(
     chunk = 8 * 32 * num_warps // (next_power_of_2(group) * first)
     # As many programs as registers and shared memory of a processor hold.
     shared = 2 * max(1, stages - 1) * tile * (first + second) * cache_dtype.itemsize + 2048
-    programs = min(4 if head_dim <= 64 else 3 if head_dim <= 128 else 2, target.shared_memory // shared)
-    options = {"programs_per_processor": max(1, programs)}
-    if cache_dtype == torch.int8:
-        options["maxnreg"] = 200  # left to itself the compiler takes 168, and spills
+    most = 4 if head_dim <= 64 else 3 if head_dim <= 128 and cache_dtype != torch.int8 else 2
+    programs = max(1, min(most, target.shared_memory // shared))
+    options = {"programs_per_processor": programs}
+    if programs <= 2:
+        options["maxnreg"] = 248  # the compiler would aim at more programs, and spill
     return KernelConfig(
         {
             "TILE": tile,

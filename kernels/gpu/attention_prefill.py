@@ -10,6 +10,9 @@ at multiples of BLOCK_N: those that a sliding window cuts, then whole ones witho
 causality or the sequence's end. A tile that a token does not see at all changes nothing, bit for bit, so a
 token's result does not depend on how its prompt was cut into steps or on the rows beside it.
 
+V_PARTS > 1 cuts the columns of the output into as many programs, each with all the scores, for large heads on
+GPUs with few registers.
+
 4 * D * H FLOPs for each pair of a query token and a key that it sees; reads q once, and keys and values once
 per program. Softmax is online in float32 with exp2; weights are rounded to q's dtype for the second product.
 """
@@ -26,49 +29,16 @@ from halimede.kernels.gpu.attention_prefill_checks import (
     check_scales,
     check_step,
     check_tensors,
-    require,
 )
-from halimede.kernels.gpu.float8 import e4m3_to_float16
+from halimede.kernels.gpu.attention_prefill_config import default_config, head_parts
+from halimede.kernels.gpu.attention_tiles import find_row, load_blocks, load_tile
 from halimede.kernels.launch import launch, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
-from halimede.kernels.target import Target
-from halimede.kernels.tuning import KernelConfig, pick_config
+from halimede.kernels.tuning import pick_config
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Finite, so that the difference of two such maxima is 0 and not NaN: a tile may be hidden from a token.
 _NO_SCORE = tl.constexpr(-1.0e30)
-_SMALLEST_PART = 16
-
-
-@triton.jit
-def _find_row(query_start_loc_ptr, query_block, num_rows, BLOCK_Q: tl.constexpr):
-    """The row that a block of query tokens is of: row r has the blocks from start[r] // BLOCK_Q + r on."""
-    low = num_rows * 0
-    high = num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        is_before = tl.load(query_start_loc_ptr + middle) // BLOCK_Q + middle <= query_block
-        low = tl.where(is_before, middle, low)
-        high = tl.where(is_before, high, middle)
-    return low
-
-
-@triton.jit
-def _load_tile(pointers, mask, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """Keys or values in q's dtype, 0 where masked: what lies in an unused slot may be NaN."""
-    codes = tl.load(pointers, mask=mask, other=None if mask is None else 0.0)
-    if codes.dtype == tl.uint8:
-        tile = e4m3_to_float16(codes, NATIVE).to(DTYPE)
-    else:
-        tile = codes.to(tl.float32).to(DTYPE) if codes.dtype == tl.int8 else codes
-    return tile
-
-
-@triton.jit
-def _load_blocks(table_ptr, start, last, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The block that the tile of keys from start on lies in, or if blocks are smaller, that of each key."""
-    keys = start if BLOCK_SIZE >= BLOCK_N else start + tl.arange(0, BLOCK_N)
-    return tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < last, other=0)
 
 
 @triton.jit
@@ -83,6 +53,7 @@ def _attend(
     first,
     last,
     kv_head,
+    first_column,
     window,
     multiplier,
     cap_factor,
@@ -99,25 +70,32 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
+    V_MAIN: tl.constexpr,
+    V_REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Online softmax over the tiles of the keys first .. last - 1; first is a multiple of BLOCK_N.
 
-    A head of MAIN + REST elements is two products, because blocks are powers of two. MASKED: whether the
-    window, causality or the sequence's end may cut a tile. row_max is in units of 1 / multiplier, so that
-    scaling and subtraction are one instruction.
+    A head of MAIN + REST elements is two products, because blocks are powers of two; of the values only
+    V_MAIN + V_REST columns are taken, from first_column on. MASKED: whether the window, causality or the
+    sequence's end may cut a tile. row_max is in units of 1 / multiplier, so that scaling and subtraction are
+    one instruction.
     """
     HEAD_DIM: tl.constexpr = MAIN + REST
     lanes = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, MAIN)[None, :]
     columns_rest = MAIN + tl.arange(0, max(REST, 16))[None, :]
-    block = _load_blocks(table_ptr, first, last, BLOCK_SIZE, BLOCK_N)
+    v_columns = first_column + tl.arange(0, V_MAIN)[None, :]
+    v_columns_rest = V_MAIN + tl.arange(0, max(V_REST, 16))[None, :]
+    block = load_blocks(table_ptr, first, last, BLOCK_SIZE, BLOCK_N)
     for start in tl.range(first, last, BLOCK_N):
         # One tile ahead, so that nothing waits for it.
-        next_block = _load_blocks(table_ptr, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N)
+        next_block = load_blocks(table_ptr, start + BLOCK_N, last, BLOCK_SIZE, BLOCK_N)
         keys = start + lanes
-        is_used = keys < last if MASKED else None
-        is_loaded = is_used[:, None] if MASKED else None
+        is_used, is_loaded = None, None
+        if MASKED:
+            is_used = keys < last
+            is_loaded = is_used[:, None]
         if BLOCK_SIZE >= BLOCK_N:
             slot = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE
             slots = lanes
@@ -129,10 +107,10 @@ def _attend(
         v_tile = v_ptr + slot * HEAD_DIM + offsets
         block = next_block
 
-        k = _load_tile(k_tile + columns, is_loaded, q.dtype, NATIVE)
+        k = load_tile(k_tile + columns, is_loaded, q.dtype, NATIVE)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if REST:
-            k = _load_tile(k_tile + columns_rest, is_loaded, q.dtype, NATIVE)
+            k = load_tile(k_tile + columns_rest, is_loaded, q.dtype, NATIVE)
             scores = tl.dot(q_rest, tl.trans(k), scores, input_precision="ieee")
         if SCALE_PER_TOKEN:
             k_scale = tl.load(k_scale_ptr + slot + slots, mask=is_used, other=0.0 if MASKED else None)
@@ -140,7 +118,7 @@ def _attend(
         if cap_factor is not None:
             scores = 1.0 - 2.0 / (tl.exp2(scores * cap_factor) + 1.0)
         if MASKED:
-            is_seen = keys[None, :] <= positions[:, None] if CAUSAL else is_used[None, :]
+            is_seen = keys[None, :] <= positions[:, None] if CAUSAL else (keys < last)[None, :]
             if window is not None:
                 is_seen = is_seen & (keys[None, :] > positions[:, None] - window)
             scores = tl.where(is_seen, scores, float("-inf"))
@@ -154,10 +132,10 @@ def _attend(
             v_scale = tl.load(v_scale_ptr + slot + slots, mask=is_used, other=0.0 if MASKED else None)
             weights = weights * v_scale[None, :]
         weights = weights.to(q.dtype)
-        v = _load_tile(v_tile + columns, is_loaded, q.dtype, NATIVE)
+        v = load_tile(v_tile + v_columns, is_loaded, q.dtype, NATIVE)
         acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
-        if REST:
-            v = _load_tile(v_tile + columns_rest, is_loaded, q.dtype, NATIVE)
+        if V_REST:
+            v = load_tile(v_tile + v_columns_rest, is_loaded, q.dtype, NATIVE)
             acc_rest = tl.dot(weights, v, acc_rest * shrink[:, None], input_precision="ieee")
     return acc, acc_rest, row_max, row_sum
 
@@ -192,13 +170,17 @@ def _prefill_kernel(
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    V_PARTS: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     HEAD_DIM: tl.constexpr = MAIN + REST
+    V_MAIN: tl.constexpr = MAIN if V_PARTS == 1 else HEAD_DIM // V_PARTS
+    V_REST: tl.constexpr = REST if V_PARTS == 1 else 0
     # Backwards: the last tokens of a row see the most keys, and what takes longest should start first.
     query_block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = _find_row(query_start_loc_ptr, query_block, num_rows, BLOCK_Q)
+    first_column = 0 if V_PARTS == 1 else tl.program_id(2) * V_MAIN
+    row = find_row(query_start_loc_ptr, query_block, num_rows, BLOCK_Q)
     row_start = tl.load(query_start_loc_ptr + row)
     query_len = tl.load(query_start_loc_ptr + row + 1) - row_start
     first_query = (query_block - row_start // BLOCK_Q - row) * BLOCK_Q
@@ -231,8 +213,8 @@ def _prefill_kernel(
         sinks = tl.load(sinks_ptr + kv_head * GROUP + lanes % GROUP, mask=is_query, other=0.0)
         row_max = sinks * _LOG2_E / multiplier
         row_sum += 1.0
-    acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
-    acc_rest = tl.zeros([BLOCK_M, max(REST, 16)], tl.float32)
+    acc = tl.zeros([BLOCK_M, V_MAIN], tl.float32)
+    acc_rest = tl.zeros([BLOCK_M, max(V_REST, 16)], tl.float32)
 
     positions = seq_len - query_len + first_query + lanes // GROUP
     first_position = seq_len - query_len + first_query
@@ -267,6 +249,7 @@ def _prefill_kernel(
             begin,
             end,
             kv_head,
+            first_column,
             window,
             multiplier,
             cap_factor,
@@ -283,6 +266,8 @@ def _prefill_kernel(
             BLOCK_SIZE=BLOCK_SIZE,
             MAIN=MAIN,
             REST=REST,
+            V_MAIN=V_MAIN,
+            V_REST=V_REST,
             BLOCK_N=BLOCK_N,
         )
 
@@ -291,11 +276,13 @@ def _prefill_kernel(
         out_factor = tl.load(v_scale_ptr) * out_factor
     out_base = out_ptr + (first_token.to(tl.int64) * KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
     out_offsets = (lanes // GROUP * (KV_HEADS * GROUP * HEAD_DIM) + lanes % GROUP * HEAD_DIM)[:, None]
+    columns = first_column + tl.arange(0, V_MAIN)[None, :]
     y = (acc * out_factor[:, None]).to(q.dtype)
     tl.store(out_base + (out_offsets + columns), y, mask=is_query[:, None])
-    if REST:
+    if V_REST:
+        columns = V_MAIN + tl.arange(0, V_REST)[None, :]
         y = (acc_rest * out_factor[:, None]).to(q.dtype)
-        tl.store(out_base + (out_offsets + columns_rest), y, mask=is_query[:, None])
+        tl.store(out_base + (out_offsets + columns), y, mask=is_query[:, None])
 
 
 def paged_attention_prefill(
@@ -331,19 +318,19 @@ def paged_attention_prefill(
     _, kv_heads, block_size, _ = k_cache.shape
     if num_tokens == 0 or num_rows == 0:
         return
-    group, target, (main, rest) = num_heads // kv_heads, target_of(q), _parts(head_dim)
+    group, target, (main, rest) = num_heads // kv_heads, target_of(q), head_parts(head_dim)
     config = pick_config(
         "attention_prefill",
         target,
         f"{q.dtype},{k_cache.dtype},{head_dim},{block_size}",
         num_tokens,
-        lambda: _heuristic(target, q.dtype, k_cache.dtype, head_dim, block_size),
+        lambda: default_config(target, q.dtype, k_cache.dtype, head_dim, block_size),
     )
     block_q = config.blocks["BLOCK_M"] // group
     is_e4m3 = k_cache.dtype == torch.float8_e4m3fn
     launch(
         _prefill_kernel,
-        (num_tokens // block_q + num_rows, kv_heads),
+        (num_tokens // block_q + num_rows, kv_heads, config.blocks["V_PARTS"]),
         q,
         k_cache.view(torch.uint8) if is_e4m3 else k_cache,
         v_cache.view(torch.uint8) if is_e4m3 else v_cache,
@@ -374,23 +361,6 @@ def paged_attention_prefill(
     )
 
 
-def _parts(head_dim: int) -> tuple[int, int]:
-    """Powers of two that add up to head_dim, the second 0 if one is enough; KernelError if two are not."""
-    main = 1 << (head_dim.bit_length() - 1)
-    rest = head_dim - main
-    require(
-        16 <= main <= 256 and (rest == 0 or (rest >= _SMALLEST_PART and rest & (rest - 1) == 0)),
-        f"head_dim must be at most 256 and a power of two, or the sum of two, from 16 on; it is {head_dim}",
-    )
-    return main, rest
-
-
-def _heuristic(
-    target: Target, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, block_size: int
-) -> KernelConfig:
-    return KernelConfig({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2)
-
-
 def _run(**step: Any) -> Tensors:
     """As paged_attention_prefill, but `out` is made here and holds zeros for the rows left out."""
     out = torch.zeros_like(step["q"], memory_format=torch.contiguous_format)
@@ -407,7 +377,20 @@ SPECS = (
         tolerance="attention prefill",
         cases=CASES,
         signatures=SIGNATURES,
-        faults=(Fault("<= positions[:, None] if CAUSAL", "< positions[:, None] if CAUSAL"),),
+        faults=(
+            Fault("keys[None, :] <= positions", "keys[None, :] < positions"),
+            Fault("> positions[:, None] - window", ">= positions[:, None] - window"),
+            Fault("(first_position + 1) // BLOCK_N", "(last_position + 1) // BLOCK_N"),
+            Fault("tl.cdiv(tl.maximum(last_position", "tl.cdiv(tl.maximum(first_position"),
+            Fault("row_sum * shrink + ", "row_sum + "),
+            Fault("row_sum += 1.0", "row_sum += 0.0"),
+            Fault("acc_rest * shrink[:, None]", "acc_rest"),
+            Fault("weights = weights * v_scale[None, :]", "weights = weights * 1.0"),
+            Fault("out_factor = tl.load(v_scale_ptr) * out_factor", "out_factor = out_factor * 1.0"),
+            Fault("start + BLOCK_N, last, BLOCK_SIZE", "start, last, BLOCK_SIZE"),
+            Fault("| (query_len < min_query_len)", "| (query_len < 2)"),
+            Fault("is_used = keys < last", "is_used = keys <= last"),
+        ),
         matrix_product=True,
     ),
 )

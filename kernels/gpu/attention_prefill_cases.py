@@ -111,7 +111,6 @@ CASES = (
 
 SIGNATURES = (
     _served("Llama 3 8B", 32, 8, 128, block_size=64),
-    _served("Llama 3 8B, blocks of 128", 32, 8, 128, block_size=128),
     _served("Qwen 2.5 7B", 28, 4, 128, block_size=16),
     _served("SmolLM2 135M, float16", 9, 3, 64, block_size=32, dtype=_FP16),
     _served("head of 80", 32, 32, 80, block_size=16),

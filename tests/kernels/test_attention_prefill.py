@@ -10,7 +10,9 @@ from halimede.errors import KernelError
 from halimede.kernels.gpu import attention_prefill
 from halimede.kernels.gpu.attention_cases import make_step
 from halimede.kernels.gpu.attention_prefill import SPECS, paged_attention_prefill
-from halimede.kernels.tuning import KernelConfig
+from halimede.kernels.spec import Case
+from halimede.kernels.target import TARGETS, Target
+from halimede.kernels.tuning import KernelConfig, next_power_of_2
 
 SPEC = SPECS[0]
 CPU = torch.device("cpu")
@@ -80,7 +82,24 @@ def test_tiles_of_any_size_give_the_reference(
     name: str, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _use_tiles(monkeypatch, *tile)
-    check_case(SPEC, next(case for case in SPEC.cases if case.name == name))
+    check_case(SPEC, _case(name))
+
+
+@pytest.mark.parametrize(("name", "parts"), [("head of 192", 3), ("Gemma", 2), ("Gemma", 4)])
+def test_columns_may_be_cut_into_several_programs(
+    name: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use_tiles(monkeypatch, 64, 32, parts)
+    check_case(SPEC, _case(name))
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=str)
+@pytest.mark.parametrize("head_dim", [16, 80, 192, 256])
+def test_the_columns_of_every_choice_add_up(target: Target, head_dim: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        blocks = attention_prefill.default_config(target, dtype, dtype, head_dim, 16).blocks
+        parts = blocks["V_PARTS"]
+        assert parts == 1 or next_power_of_2(head_dim // parts) * parts == head_dim
 
 
 @pytest.mark.parametrize(
@@ -130,6 +149,10 @@ def _attend(step: dict[str, Any], min_query_len: int = 2) -> torch.Tensor:
     return out
 
 
-def _use_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
-    config = KernelConfig({"BLOCK_M": block_m, "BLOCK_N": block_n})
-    monkeypatch.setattr(attention_prefill, "_heuristic", lambda *_: config)
+def _case(name: str) -> Case:
+    return next(case for case in SPEC.cases if case.name == name)
+
+
+def _use_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int, v_parts: int = 1) -> None:
+    config = KernelConfig({"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts})
+    monkeypatch.setattr(attention_prefill, "default_config", lambda *_: config)

@@ -19,7 +19,7 @@ def random_row(rng: random.Random, seq_id: int, block_size: int) -> tuple[Schedu
     chunk = rng.choice([1, rng.randrange(1, 60)])
     tokens = tuple(rng.choices(range(1000), k=start + chunk + rng.randrange(3)))
     sequence = new_sequence(SamplingParams(), prompt=tokens)
-    state = SequenceState(sequence, vocab_size=1000, device=CPU)
+    state = SequenceState(sequence, vocab_size=1000)
     blocks = rng.sample(range(1, 500), -(-(start + chunk) // block_size) + rng.randrange(3))
     cut = rng.randrange(len(blocks) + 1)
     state.append_blocks(tuple(blocks[:cut]))
@@ -85,7 +85,7 @@ def test_against_a_naive_construction(block_size: int) -> None:
 
 def test_too_few_blocks_are_noticed() -> None:
     new: NewSequence = new_sequence(SamplingParams(), prompt=(1, 2, 3))
-    state = SequenceState(new, vocab_size=10, device=CPU)
+    state = SequenceState(new, vocab_size=10)
     state.append_blocks((4,))
     row = ScheduledSequence(0, (1, 2, 3), 0, (), True)
     with pytest.raises(AssertionError, match="too few blocks"):

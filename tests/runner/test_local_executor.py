@@ -22,6 +22,7 @@ from halimede.engine.models.base import CausalLM
 from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
 from halimede.engine.runner.memory import largest_step
 from halimede.engine.runner.model_runner import ModelRunner
+from halimede.engine.runner.sampler import TorchSampler
 from halimede.errors import ConfigError, EngineDeadError
 from halimede.scheduler.output import ScheduledSequence, SchedulerOutput
 from halimede.scheduler.sampling_params import SamplingParams
@@ -127,7 +128,7 @@ def test_the_largest_step_runs_in_one_block(checkpoint: Path) -> None:
     config = EngineConfig(model="m", max_num_seqs=5, max_num_batched_tokens=600)
     spec = KVCacheSpec.from_model(model.config, dtype=executor.dtype, block_size=16)
     caches = allocate_kv_caches(spec, 1, torch.device("cpu"))
-    runner = ModelRunner(model, caches, block_size=16, device=torch.device("cpu"))
+    runner = ModelRunner(model, caches, block_size=16, device=torch.device("cpu"), sampler=TorchSampler())
     result = runner.execute(largest_step(config, spec, 256))
     assert sorted(result.sampled_token_ids) == list(range(5))
     assert len(result.prompt_logprobs[0]) == 255

@@ -59,11 +59,8 @@ def test_they_come_from_the_raw_logits() -> None:
     params = SamplingParams(
         temperature=0.3, top_k=1, logit_bias={7: 100.0}, repetition_penalty=2.0, logprobs=2
     )
-    states = [
-        SequenceState(new_sequence(p), vocab_size=30, device=torch.device("cpu"))
-        for p in (SamplingParams(temperature=0), params)
-    ]
-    metadata = build_sampling_metadata(states, vocab_size=30, device=torch.device("cpu"))
+    states = [SequenceState(new_sequence(p), vocab_size=30) for p in (SamplingParams(temperature=0), params)]
+    metadata = build_sampling_metadata(states, vocab_size=30)
     output = sample(logits, metadata)
     assert output.token_ids[1] == 7
     assert list(output.logprobs) == [1]

@@ -14,6 +14,7 @@ from tiny_models import VOCAB_SIZE, load_model, make_kv_caches, transformers_mod
 from halimede.engine.models.base import CausalLM
 from halimede.engine.runner import model_runner
 from halimede.engine.runner.model_runner import ModelRunner
+from halimede.engine.runner.sampler import TorchSampler
 from halimede.scheduler.config import SchedulerConfig
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput, SequenceUpdate, TokenLogprobs
 from halimede.scheduler.request import Request
@@ -90,7 +91,7 @@ class Engine:
         for kv_cache in caches:
             for cache in kv_cache.tensors:
                 cache[0] = 0.0
-        self.runner = ModelRunner(model, caches, block_size=block_size, device=CPU)
+        self.runner = ModelRunner(model, caches, block_size=block_size, device=CPU, sampler=TorchSampler())
 
     def run(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Result]:
         results = [Result() for _ in prompts]

@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 
 
 def state_of(new: NewSequence, vocab_size: int = VOCAB) -> SequenceState:
-    return SequenceState(new, vocab_size=vocab_size, device=CPU)
+    return SequenceState(new, vocab_size=vocab_size)
 
 
 def metadata_of(news: list[NewSequence], vocab_size: int = VOCAB) -> SamplingMetadata:
     states = [state_of(new, vocab_size) for new in news]
-    return build_sampling_metadata(states, vocab_size=vocab_size, device=CPU)
+    return build_sampling_metadata(states, vocab_size=vocab_size)
 
 
 def run(logits: torch.Tensor, news: list[NewSequence]) -> SamplerOutput:
@@ -223,7 +223,7 @@ def test_counts_follow_generated_tokens() -> None:
     fresh = state_of(new_sequence(params, output=(4, 5), eos=(6,), bad_words=((4, 5, 8),)))
     logits = random_logits(2, seed=0)
     logits[1] = logits[0]
-    adjust_logits(logits, build_sampling_metadata([state, fresh], vocab_size=VOCAB, device=CPU))
+    adjust_logits(logits, build_sampling_metadata([state, fresh], vocab_size=VOCAB))
     assert torch.equal(logits[0], logits[1])
     assert state.banned_token_ids() == fresh.banned_token_ids() == [8]
 

@@ -1,0 +1,64 @@
+"""Block sizes of the prefill attention kernel where no tuned table says others: what fits without spills."""
+
+import torch
+
+from halimede.kernels.gpu.attention_prefill_checks import require
+from halimede.kernels.target import Target
+from halimede.kernels.tuning import KernelConfig
+
+_SMALLEST_PART = 16
+# Triton spreads a product with more columns than rows over warps in a way that computes scores repeatedly.
+_LARGEST_PART = 128
+
+
+def head_parts(head_dim: int) -> tuple[int, int]:
+    """Powers of two that add up to head_dim, the second 0 if one is enough; KernelError if two are not."""
+    main = min(1 << (head_dim.bit_length() - 1), _LARGEST_PART)
+    rest = head_dim - main
+    require(
+        main >= _SMALLEST_PART and (rest == 0 or (_SMALLEST_PART <= rest <= main and rest & (rest - 1) == 0)),
+        f"head_dim must be at most 256 and a power of two, or the sum of two, from 16 on; it is {head_dim}",
+    )
+    return main, rest
+
+
+def default_config(
+    target: Target, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, block_size: int
+) -> KernelConfig:
+    """BLOCK_M, BLOCK_N and V_PARTS by what a thread's registers hold: a product's rows, head and weights."""
+    is_quantized = cache_dtype.itemsize == 1
+    if target.backend == "hip":
+        return _hip_config(target, dtype, is_quantized, head_dim)
+    if dtype == torch.float32:
+        return _config(64, 32 if head_dim <= 128 else 16, stages=2)
+    if target.wgmma:
+        # 128 columns: with 64 a product waits for shared memory.
+        is_wide = not is_quantized and (head_dim < 128 or (head_dim == 128 and block_size >= 64))
+        return _config(128, 128 if is_wide else 64, stages=3 if head_dim <= 128 and not is_wide else 2)
+    if target.arch == 100:
+        return _config(128, 64, stages=2)
+    if head_dim > 192:
+        return _config(128, 32, stages=2, v_parts=head_dim // 128)
+    if head_dim > 128:
+        return _config(128, 16, stages=2)
+    return _config(128, 32 if is_quantized else 64, stages=2)
+
+
+def _hip_config(target: Target, dtype: torch.dtype, is_quantized: bool, head_dim: int) -> KernelConfig:
+    if target.warp_size == 64:
+        if dtype == torch.float32:
+            return _config(64, 32)
+        return _config(128, 64 if head_dim <= 128 else 16)
+    if dtype == torch.float32:
+        return _config(32, 16)
+    if head_dim <= 64:
+        return _config(128, 32)
+    # gfx11 holds a product's rows twice.
+    if head_dim > 128:
+        return _config(64, 16, v_parts=head_dim // 64 if target.name.startswith("gfx11") else 1)
+    return _config(64 if is_quantized else 128, 16)
+
+
+def _config(block_m: int, block_n: int, *, stages: int = 1, v_parts: int = 1) -> KernelConfig:
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts}
+    return KernelConfig(blocks, num_warps=8, num_stages=stages)
