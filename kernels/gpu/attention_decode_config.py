@@ -32,7 +32,7 @@ def heuristic(
     tile = 8192 // next_power_of_2(head_dim)
     if target.backend == "hip":
         tile, stages = min(32, tile // 2), 2
-    elif target.shared_memory < 128 << 10 or cache_dtype.itemsize == 1:
+    elif _has_little_shared_memory(target) or cache_dtype.itemsize == 1:
         tile //= 2
         stages = 3 + (cache_dtype.itemsize == 1)
     piece = 0
@@ -48,13 +48,7 @@ def heuristic(
         tile //= 2
     tile = max(16, min(tile, max(32, block_size), split_size, 128))
     chunk = 8 * 32 * num_warps // (next_power_of_2(group) * first)
-    # As many programs as registers and shared memory of a processor hold.
     shared = 2 * max(1, stages - 1) * tile * (first + second) * cache_dtype.itemsize + 2048
-    most = 4 if head_dim <= 64 else 3 if head_dim <= 128 and cache_dtype != torch.int8 else 2
-    programs = max(1, min(most, target.shared_memory // shared))
-    options = {"programs_per_processor": programs}
-    if programs <= 2:
-        options["maxnreg"] = 248  # the compiler would aim at more programs, and spill
     return KernelConfig(
         {
             "TILE": tile,
@@ -66,5 +60,19 @@ def heuristic(
         },
         num_warps=num_warps,
         num_stages=stages,
-        options=options,
+        options=_options(target, cache_dtype, head_dim, shared),
     )
+
+
+def _options(target: Target, cache_dtype: torch.dtype, head_dim: int, shared: int) -> dict[str, int]:
+    """As many programs as registers and shared memory of a processor hold. shared: bytes of a program."""
+    most = 4 if head_dim <= 64 else 3
+    if head_dim > 128 or cache_dtype == torch.int8 or _has_little_shared_memory(target):
+        most = 2
+    programs = max(1, min(most, target.shared_memory // shared))
+    # The compiler would aim at more programs than two, and spill.
+    return {"programs_per_processor": programs} | ({"maxnreg": 248} if programs <= 2 else {})
+
+
+def _has_little_shared_memory(target: Target) -> bool:
+    return target.backend == "cuda" and target.shared_memory < 128 << 10
