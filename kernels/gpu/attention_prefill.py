@@ -319,12 +319,13 @@ def paged_attention_prefill(
     if num_tokens == 0 or num_rows == 0:
         return
     group, target, (main, rest) = num_heads // kv_heads, target_of(q), head_parts(head_dim)
+    is_plain = sliding_window is None and softcap is None
     config = pick_config(
         "attention_prefill",
         target,
-        f"{q.dtype},{k_cache.dtype},{head_dim},{block_size}",
+        f"{q.dtype},{k_cache.dtype},{head_dim},{block_size},{'plain' if is_plain else 'masked'}",
         num_tokens,
-        lambda: default_config(target, q.dtype, k_cache.dtype, head_dim, block_size),
+        lambda: default_config(target, q.dtype, k_cache.dtype, head_dim, block_size, is_plain),
     )
     block_q = config.blocks["BLOCK_M"] // group
     is_e4m3 = k_cache.dtype == torch.float8_e4m3fn

@@ -1,5 +1,8 @@
 """Block sizes of the prefill attention kernel where no tuned table says others: what fits without spills."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from halimede.kernels.gpu.attention_prefill_checks import require
@@ -23,25 +26,36 @@ def head_parts(head_dim: int) -> tuple[int, int]:
 
 
 def default_config(
-    target: Target, dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, block_size: int
+    target: Target,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    is_plain: bool,
 ) -> KernelConfig:
-    """BLOCK_M, BLOCK_N and V_PARTS by what a thread's registers hold: a product's rows, head and weights."""
+    """BLOCK_M, BLOCK_N and V_PARTS by what a thread's registers hold: a product's rows, head and weights.
+
+    is_plain: without a sliding window and a softcap, which need registers too.
+    """
     is_quantized = cache_dtype.itemsize == 1
     if target.backend == "hip":
         return _hip_config(target, dtype, is_quantized, head_dim)
     if dtype == torch.float32:
         return _config(64, 32 if head_dim <= 128 else 16, stages=2)
+    # Several blocks in a tile, and masks, are what the largest tile of a head of 128 has no registers for.
+    is_light = head_dim == 128 and block_size >= 64 and is_plain
     if target.wgmma:
-        # 128 columns: with 64 a product waits for shared memory.
-        is_wide = not is_quantized and (head_dim < 128 or (head_dim == 128 and block_size >= 64))
+        # 128 keys: with 64 a product waits for shared memory.
+        is_wide = not is_quantized and (head_dim < 128 or is_light)
         return _config(128, 128 if is_wide else 64, stages=3 if head_dim <= 128 and not is_wide else 2)
     if target.arch == 100:
-        return _config(128, 64, stages=2)
+        # Left alone, Triton limits small programs to 128 registers, for two of them on a multiprocessor.
+        return _config(128, 64, stages=2, options={"maxnreg": 255})
     if head_dim > 192:
         return _config(128, 32, stages=2, v_parts=head_dim // 128)
     if head_dim > 128:
         return _config(128, 16, stages=2)
-    return _config(128, 32 if is_quantized else 64, stages=2)
+    return _config(128, 64 if not is_quantized and (head_dim <= 64 or is_light) else 32, stages=2)
 
 
 def _hip_config(target: Target, dtype: torch.dtype, is_quantized: bool, head_dim: int) -> KernelConfig:
@@ -59,6 +73,13 @@ def _hip_config(target: Target, dtype: torch.dtype, is_quantized: bool, head_dim
     return _config(64 if is_quantized else 128, 16)
 
 
-def _config(block_m: int, block_n: int, *, stages: int = 1, v_parts: int = 1) -> KernelConfig:
+def _config(
+    block_m: int,
+    block_n: int,
+    *,
+    stages: int = 1,
+    v_parts: int = 1,
+    options: Mapping[str, int] = MappingProxyType({}),
+) -> KernelConfig:
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts}
-    return KernelConfig(blocks, num_warps=8, num_stages=stages)
+    return KernelConfig(blocks, num_warps=8, num_stages=stages, options=options)

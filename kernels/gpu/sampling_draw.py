@@ -165,20 +165,8 @@ def draw_tokens(
 
     temperature and keys: None if no row draws. threshold: (cut, last), None if no row is filtered.
     """
-    rows, size = logits.shape
-    if logits.stride(1) != 1 or len(workspace.best) < rows or (temperature is None) != (keys is None):
-        raise KernelError(
-            f"draw_tokens takes logits (S, V) with unit stride, a workspace for S rows, temperature and keys "
-            f"together; got {tuple(logits.shape)} with strides {logits.stride()}, a workspace for "
-            f"{len(workspace.best)}"
-        )
-    given = [p for p in (temperature, keys, flags, *(threshold or ())) if p is not None]
-    if any(len(p) != rows or not p.is_contiguous() for p in given):
-        raise KernelError(
-            f"draw_tokens takes contiguous parameters of {rows} rows; got {[tuple(p.shape) for p in given]} "
-            f"with strides {[p.stride() for p in given]}"
-        )
-    target = target_of(logits)
+    _check(logits, workspace, (temperature, keys), (flags, *(threshold or ())))
+    (rows, size), target = logits.shape, target_of(logits)
     config = pick_config(
         "sampling_draw", target, f"{logits.dtype}", size, lambda: _heuristic(size, logits.dtype, target)
     )
@@ -206,6 +194,27 @@ def draw_tokens(
         FLAGGED=flags is not None,
     )
     return tokens
+
+
+def _check(
+    logits: torch.Tensor,
+    workspace: DrawWorkspace,
+    drawing: tuple[torch.Tensor | None, ...],
+    others: tuple[torch.Tensor | None, ...],
+) -> None:
+    """drawing: given together or not at all."""
+    rows, given = len(logits), [p for p in (*drawing, *others) if p is not None]
+    if logits.stride(1) != 1 or len(workspace.best) < rows or len({p is None for p in drawing}) != 1:
+        raise KernelError(
+            f"draw_tokens takes logits (S, V) with unit stride, a workspace for S rows, temperature and keys "
+            f"together; got {tuple(logits.shape)} with strides {logits.stride()}, a workspace for "
+            f"{len(workspace.best)}"
+        )
+    if any(len(p) != rows or not p.is_contiguous() for p in given):
+        raise KernelError(
+            f"draw_tokens takes contiguous parameters of {rows} rows; got {[tuple(p.shape) for p in given]} "
+            f"with strides {[p.stride() for p in given]}"
+        )
 
 
 def _heuristic(size: int, dtype: torch.dtype, target: Target) -> KernelConfig:

@@ -97,7 +97,7 @@ def test_columns_may_be_cut_into_several_programs(
 @pytest.mark.parametrize("head_dim", [16, 80, 192, 256])
 def test_the_columns_of_every_choice_add_up(target: Target, head_dim: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        blocks = attention_prefill.default_config(target, dtype, dtype, head_dim, 16).blocks
+        blocks = attention_prefill.default_config(target, dtype, dtype, head_dim, 16, True).blocks
         parts = blocks["V_PARTS"]
         assert parts == 1 or next_power_of_2(head_dim // parts) * parts == head_dim
 
