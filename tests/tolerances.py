@@ -52,7 +52,11 @@ KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "attention over torch.bfloat16": {torch.float32: (8e-3, 4e-3)},
     "attention over torch.float16": {torch.float32: (1e-3, 5e-4)},
     # Triton kernels: weights are rounded to 16 bits before the product with v.
-    "attention prefill": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},
+    "attention prefill": {
+        torch.float32: (1e-5, 2e-6),
+        torch.bfloat16: (1.6e-2, 8e-3),
+        torch.float16: (2e-3, 1e-3),
+    },
     "attention": {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 8e-3), torch.float16: (2e-3, 1e-3)},
 }
 

@@ -30,11 +30,10 @@ from halimede.kernels.gpu.attention_prefill_checks import (
     check_step,
     check_tensors,
 )
-from halimede.kernels.gpu.attention_prefill_config import default_config, head_parts
+from halimede.kernels.gpu.attention_prefill_config import prefill_config, prefill_constants
 from halimede.kernels.gpu.attention_tiles import find_row, load_blocks, load_tile
 from halimede.kernels.launch import launch, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
-from halimede.kernels.tuning import pick_config
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Finite, so that the difference of two such maxima is 0 and not NaN: a tile may be hidden from a token.
@@ -313,28 +312,20 @@ def paged_attention_prefill(
     check_step(block_tables, query_start_loc, seq_lens)
     check_scales(k_cache, k_scale, v_scale)
     check_numbers(scale, sliding_window, softcap)
-    num_tokens, num_heads, head_dim = q.shape
-    num_rows = seq_lens.shape[0]
-    _, kv_heads, block_size, _ = k_cache.shape
+    num_tokens, num_rows, target = q.shape[0], seq_lens.shape[0], target_of(q)
     if num_tokens == 0 or num_rows == 0:
         return
-    group, target, (main, rest) = num_heads // kv_heads, target_of(q), head_parts(head_dim)
-    is_plain = sliding_window is None and softcap is None
-    config = pick_config(
-        "attention_prefill",
-        target,
-        f"{q.dtype},{k_cache.dtype},{head_dim},{block_size},{'plain' if is_plain else 'masked'}",
-        num_tokens,
-        lambda: default_config(target, q.dtype, k_cache.dtype, head_dim, block_size, is_plain),
-    )
-    block_q = config.blocks["BLOCK_M"] // group
-    is_e4m3 = k_cache.dtype == torch.float8_e4m3fn
+    config = prefill_config(target, q, k_cache, is_plain=sliding_window is None and softcap is None)
+    constants = prefill_constants(target, q, k_cache, k_scale)
+    blocks = num_tokens // (config.blocks["BLOCK_M"] // constants["GROUP"]) + num_rows
+    if k_cache.dtype == torch.float8_e4m3fn:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     launch(
         _prefill_kernel,
-        (num_tokens // block_q + num_rows, kv_heads, config.blocks["V_PARTS"]),
+        (blocks, k_cache.shape[1], config.blocks["V_PARTS"]),
         q,
-        k_cache.view(torch.uint8) if is_e4m3 else k_cache,
-        v_cache.view(torch.uint8) if is_e4m3 else v_cache,
+        k_cache,
+        v_cache,
         k_scale,
         v_scale,
         sinks,
@@ -349,16 +340,8 @@ def paged_attention_prefill(
         min_query_len,
         sliding_window,
         config=config,
-        Q_STRIDE=q.stride(0),
         CAUSAL=causal,
-        SCALE_PER_TENSOR=k_scale is not None and k_scale.dim() == 1,
-        SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
-        NATIVE=target.native_e4m3,
-        GROUP=group,
-        KV_HEADS=kv_heads,
-        BLOCK_SIZE=block_size,
-        MAIN=main,
-        REST=rest,
+        **constants,
     )
 
 

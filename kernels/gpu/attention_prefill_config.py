@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from halimede.kernels.gpu.attention_prefill_checks import require
 from halimede.kernels.target import Target
-from halimede.kernels.tuning import KernelConfig
+from halimede.kernels.tuning import KernelConfig, pick_config
 
 _SMALLEST_PART = 16
 # Triton spreads a product with more columns than rows over warps in a way that computes scores repeatedly.
@@ -23,6 +24,36 @@ def head_parts(head_dim: int) -> tuple[int, int]:
         f"head_dim must be at most 256 and a power of two, or the sum of two, from 16 on; it is {head_dim}",
     )
     return main, rest
+
+
+def prefill_constants(
+    target: Target, q: torch.Tensor, k_cache: torch.Tensor, k_scale: torch.Tensor | None
+) -> dict[str, Any]:
+    """The kernel's constants that follow from shapes and dtypes."""
+    main, rest = head_parts(q.shape[2])
+    return {
+        "Q_STRIDE": q.stride(0),
+        "SCALE_PER_TENSOR": k_scale is not None and k_scale.dim() == 1,
+        "SCALE_PER_TOKEN": k_scale is not None and k_scale.dim() == 3,
+        "NATIVE": target.native_e4m3,
+        "GROUP": q.shape[1] // k_cache.shape[1],
+        "KV_HEADS": k_cache.shape[1],
+        "BLOCK_SIZE": k_cache.shape[2],
+        "MAIN": main,
+        "REST": rest,
+    }
+
+
+def prefill_config(target: Target, q: torch.Tensor, k_cache: torch.Tensor, *, is_plain: bool) -> KernelConfig:
+    """The tuned config, or default_config's."""
+    head_dim, block_size = q.shape[2], k_cache.shape[2]
+    return pick_config(
+        "attention_prefill",
+        target,
+        f"{q.dtype},{k_cache.dtype},{head_dim},{block_size},{'plain' if is_plain else 'masked'}",
+        q.shape[0],
+        lambda: default_config(target, q.dtype, k_cache.dtype, head_dim, block_size, is_plain),
+    )
 
 
 def default_config(

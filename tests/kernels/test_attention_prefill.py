@@ -7,7 +7,7 @@ import torch
 from kernel_parity import check_case
 
 from halimede.errors import KernelError
-from halimede.kernels.gpu import attention_prefill
+from halimede.kernels.gpu import attention_prefill_config
 from halimede.kernels.gpu.attention_cases import make_step
 from halimede.kernels.gpu.attention_prefill import SPECS, paged_attention_prefill
 from halimede.kernels.spec import Case
@@ -97,7 +97,7 @@ def test_columns_may_be_cut_into_several_programs(
 @pytest.mark.parametrize("head_dim", [16, 80, 192, 256])
 def test_the_columns_of_every_choice_add_up(target: Target, head_dim: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        blocks = attention_prefill.default_config(target, dtype, dtype, head_dim, 16, True).blocks
+        blocks = attention_prefill_config.default_config(target, dtype, dtype, head_dim, 16, True).blocks
         parts = blocks["V_PARTS"]
         assert parts == 1 or next_power_of_2(head_dim // parts) * parts == head_dim
 
@@ -155,4 +155,4 @@ def _case(name: str) -> Case:
 
 def _use_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int, v_parts: int = 1) -> None:
     config = KernelConfig({"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts})
-    monkeypatch.setattr(attention_prefill, "default_config", lambda *_: config)
+    monkeypatch.setattr(attention_prefill_config, "default_config", lambda *_: config)
