@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,20 @@ def test_doubts_name_what_changed() -> None:
     assert "read_gb_per_s" in doubt
     (doubt,) = machine.doubts({**quiet, "load_average_1min": 1.5}, quiet)
     assert "load average" in doubt
+
+
+def test_the_gpu_checks_run_without_a_gpu(tmp_path: Path) -> None:
+    """In the interpreter, on the smallest kernel: that they work, not what they find."""
+    output = tmp_path / "parity.json"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(("src", "tests", "tests/kernels"))}
+    command = [sys.executable, "benchmarks/gpu/parity.py", "--device", "cpu", "--only", "copy_blocks"]
+    run = subprocess.run(
+        [*command, "--output", str(output)],
+        cwd=BENCHMARKS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "10 of 10 cases equal their reference" in run.stdout
+    assert all(result["error"] is None for result in json.loads(output.read_text())["results"])

@@ -56,7 +56,7 @@ class Bench:
 
 def line_of(timing: dict[str, Any], best: dict[str, float]) -> str:
     """A timing beside the card's copy and matrix product."""
-    head = f"{timing['group']:<10}{timing['name']:<44}"
+    head = f"{timing['group']:<30}{timing['name']:<48}"
     if "error" in timing:
         return f"{head} failed: {timing['error'].splitlines()[0][:80]}"
     seconds = timing["ms"] / 1e3
