@@ -48,6 +48,9 @@ def _attend(
     row_sum,
     q,
     q_rest,
+    q_pieces,
+    is_query,
+    head_dim,
     positions,
     first,
     last,
@@ -71,6 +74,7 @@ def _attend(
     REST: tl.constexpr,
     V_MAIN: tl.constexpr,
     V_REST: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Online softmax over the tiles of the keys first .. last - 1; first is a multiple of BLOCK_N.
@@ -78,7 +82,8 @@ def _attend(
     A head of MAIN + REST elements is two products, because blocks are powers of two; of the values only
     V_MAIN + V_REST columns are taken, from first_column on. MASKED: whether the window, causality or the
     sequence's end may cut a tile. row_max is in units of 1 / multiplier, so that scaling and subtraction are
-    one instruction.
+    one instruction. PIECE: read so many elements of q's heads at a time from q_pieces, again for every tile,
+    rather than hold them in registers; 0: do not. head_dim keeps the compiler from unrolling that loop.
     """
     HEAD_DIM: tl.constexpr = MAIN + REST
     lanes = tl.arange(0, BLOCK_N)
@@ -106,9 +111,17 @@ def _attend(
         v_tile = v_ptr + slot * HEAD_DIM + offsets
         block = next_block
 
-        k = load_tile(k_tile + columns, is_loaded, q.dtype, NATIVE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if REST:
+        if PIECE:
+            scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+            for piece in tl.range(0, head_dim, PIECE, num_stages=1):
+                q_piece = tl.load(q_pieces + piece, mask=is_query[:, None], other=0.0)
+                k_piece = k_tile + piece + tl.arange(0, PIECE)[None, :]
+                k = load_tile(k_piece, is_loaded, q.dtype, NATIVE)
+                scores = tl.dot(q_piece, tl.trans(k), scores, input_precision="ieee")
+        else:
+            k = load_tile(k_tile + columns, is_loaded, q.dtype, NATIVE)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if REST and not PIECE:
             k = load_tile(k_tile + columns_rest, is_loaded, q.dtype, NATIVE)
             scores = tl.dot(q_rest, tl.trans(k), scores, input_precision="ieee")
         if SCALE_PER_TOKEN:
@@ -139,7 +152,7 @@ def _attend(
     return acc, acc_rest, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_blocks", "min_query_len", "window"])
+@triton.jit(do_not_specialize=["num_rows", "max_blocks", "min_query_len", "window", "head_dim"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -157,6 +170,7 @@ def _prefill_kernel(
     max_blocks,
     min_query_len,
     window,
+    head_dim,
     Q_STRIDE: tl.constexpr,
     CAUSAL: tl.constexpr,
     SCALE_PER_TENSOR: tl.constexpr,
@@ -170,6 +184,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     V_PARTS: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     HEAD_DIM: tl.constexpr = MAIN + REST
@@ -191,14 +206,17 @@ def _prefill_kernel(
     first_token = row_start + first_query
     lanes = tl.arange(0, BLOCK_M)
     is_query = lanes < tl.minimum(query_len - first_query, BLOCK_Q) * GROUP
-    columns = tl.arange(0, MAIN)[None, :]
-    columns_rest = MAIN + tl.arange(0, max(REST, 16))[None, :]
     q_base = q_ptr + first_token.to(tl.int64) * Q_STRIDE + kv_head * (GROUP * HEAD_DIM)
     q_offsets = (lanes // GROUP * Q_STRIDE + lanes % GROUP * HEAD_DIM)[:, None]
-    q = tl.load(q_base + (q_offsets + columns), mask=is_query[:, None], other=0.0)
+    q_pieces = q_base + (q_offsets + tl.arange(0, PIECE if PIECE else 16)[None, :])
+    if PIECE:
+        q = tl.zeros([BLOCK_M, 16], q_ptr.dtype.element_ty)
+    else:
+        q = tl.load(q_base + (q_offsets + tl.arange(0, MAIN)[None, :]), mask=is_query[:, None], other=0.0)
     q_rest = q
-    if REST:
-        q_rest = tl.load(q_base + (q_offsets + columns_rest), mask=is_query[:, None], other=0.0)
+    if REST and not PIECE:
+        columns = MAIN + tl.arange(0, REST)[None, :]
+        q_rest = tl.load(q_base + (q_offsets + columns), mask=is_query[:, None], other=0.0)
 
     if SCALE_PER_TENSOR:
         if cap_factor is None:
@@ -225,8 +243,7 @@ def _prefill_kernel(
     if CAUSAL:
         last = last_position + 1
         whole_last = (first_position + 1) // BLOCK_N * BLOCK_N
-    first = 0
-    whole_first = 0
+    first, whole_first = 0, 0
     if window is not None:
         first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
         whole_first = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
@@ -244,6 +261,9 @@ def _prefill_kernel(
             row_sum,
             q,
             q_rest,
+            q_pieces,
+            is_query,
+            head_dim,
             positions,
             begin,
             end,
@@ -267,6 +287,7 @@ def _prefill_kernel(
             REST=REST,
             V_MAIN=V_MAIN,
             V_REST=V_REST,
+            PIECE=PIECE,
             BLOCK_N=BLOCK_N,
         )
 
@@ -326,7 +347,7 @@ def paged_attention_prefill(
         *(q, k_cache, v_cache, k_scale, v_scale, sinks, block_tables, query_start_loc, seq_lens, out),
         _LOG2_E.value * (scale if softcap is None else softcap),
         None if softcap is None else 2 * _LOG2_E.value * scale / softcap,
-        *(num_rows, block_tables.stride(0), min_query_len, sliding_window),
+        *(num_rows, block_tables.stride(0), min_query_len, sliding_window, q.shape[2]),
         config=config,
         CAUSAL=causal,
         **constants,

@@ -81,6 +81,7 @@ _SMALL_ROWS: tuple[Row, ...] = ((9, 90), (1, 33), (3, 3))
 
 CASES = (
     # First those that notice most of what could be wrong.
+    _small("sinks, softcap", _SMALL_ROWS, {"softcap": 3.0}, sinks=True, dtype=_FP32),
     _small("gpt-oss", _LONG, {"sliding_window": 128}, sinks=True, block_size=64),
     _small("head of 96, e4m3 per token", _SMALL_ROWS, head_dim=96, **_SCALED, **_PER_TOKEN),
     _small("e4m3", _LONG, **_SCALED),
@@ -98,7 +99,6 @@ CASES = (
     _small("window of 1", _SMALL_ROWS, {"sliding_window": 1}),
     _small("softcap", _SMALL_ROWS, {"softcap": 2.0}, dtype=_FP32),
     _small("Gemma", _SMALL_ROWS, {"softcap": 50.0, "sliding_window": 40}, head_dim=256),
-    _small("sinks, softcap", _SMALL_ROWS, {"softcap": 3.0}, sinks=True, dtype=_FP32),
     _small("bidirectional", ((20, 70), (3, 3)), {"causal": False}, dtype=_FP32),
     _small("bidirectional, window", ((5, 190),), {"causal": False, "sliding_window": 9}, block_size=64),
     _small("e4m3 per token, blocks of 128", _LONG, **_SCALED, **_PER_TOKEN, block_size=128),
@@ -124,5 +124,4 @@ SIGNATURES = (
     _served("Llama 3 8B, e4m3 per token", 32, 8, 128, block_size=64, cache_dtype=_E4M3, **_PER_TOKEN),
     _served("Qwen 2.5 7B, int8 per token", 28, 4, 128, block_size=64, cache_dtype=_INT8, **_PER_TOKEN),
     _served("SmolLM2 135M, int8, float16", 9, 3, 64, cache_dtype=_INT8, dtype=_FP16),
-    _served("SmolLM2 135M, float32", 9, 3, 64, dtype=_FP32),
 )

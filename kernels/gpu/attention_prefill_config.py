@@ -70,7 +70,7 @@ def default_config(
     """
     is_quantized = cache_dtype.itemsize == 1
     if target.backend == "hip":
-        return _hip_config(target, dtype, is_quantized, head_dim)
+        return _hip_config(target, dtype, is_quantized, head_dim, is_plain)
     if dtype == torch.float32:
         return _config(64, 32 if head_dim <= 128 else 16, stages=2)
     # Several blocks in a tile, and masks, are what the largest tile of a head of 128 has no registers for.
@@ -86,22 +86,27 @@ def default_config(
         return _config(128, 32, stages=2, v_parts=head_dim // 128)
     if head_dim > 128:
         return _config(128, 16, stages=2)
+    if head_dim == 128 and (is_quantized or (target.arch == 120 and not is_plain)):
+        return _config(64, 32 if is_quantized else 64, stages=2)
     return _config(128, 64 if not is_quantized and (head_dim <= 64 or is_light) else 32, stages=2)
 
 
-def _hip_config(target: Target, dtype: torch.dtype, is_quantized: bool, head_dim: int) -> KernelConfig:
+def _hip_config(
+    target: Target, dtype: torch.dtype, is_quantized: bool, head_dim: int, is_plain: bool
+) -> KernelConfig:
     if target.warp_size == 64:
         if dtype == torch.float32:
             return _config(64, 32)
-        return _config(128, 64 if head_dim <= 128 else 16)
+        is_light = head_dim <= 64 or (is_plain and not is_quantized)
+        return _config(128, (64 if is_light else 32) if head_dim <= 128 else 16)
     if dtype == torch.float32:
         return _config(32, 16)
     if head_dim <= 64:
         return _config(128, 32)
-    # gfx11 holds a product's rows twice.
+    is_gfx11 = target.name.startswith("gfx11")  # it holds a product's rows twice
     if head_dim > 128:
-        return _config(64, 16, v_parts=head_dim // 64 if target.name.startswith("gfx11") else 1)
-    return _config(64 if is_quantized else 128, 16)
+        return _config(64, 16, piece=64 if is_gfx11 else 0)
+    return _config(64 if is_quantized else 128, 16, v_parts=2 if is_quantized and is_gfx11 else 1)
 
 
 def _config(
@@ -110,7 +115,8 @@ def _config(
     *,
     stages: int = 1,
     v_parts: int = 1,
+    piece: int = 0,
     options: Mapping[str, int] = MappingProxyType({}),
 ) -> KernelConfig:
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts, "PIECE": piece}
     return KernelConfig(blocks, num_warps=8, num_stages=stages, options=options)

@@ -93,6 +93,12 @@ def test_columns_may_be_cut_into_several_programs(
     check_case(SPEC, _case(name))
 
 
+@pytest.mark.parametrize("name", ["head of 192", "Gemma", "head of 96, e4m3 per token"])
+def test_queries_may_be_read_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use_tiles(monkeypatch, 64, 32, piece=32)
+    check_case(SPEC, _case(name))
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=str)
 @pytest.mark.parametrize("head_dim", [16, 80, 192, 256])
 def test_the_columns_of_every_choice_add_up(target: Target, head_dim: int) -> None:
@@ -153,6 +159,8 @@ def _case(name: str) -> Case:
     return next(case for case in SPEC.cases if case.name == name)
 
 
-def _use_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int, v_parts: int = 1) -> None:
-    config = KernelConfig({"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts})
+def _use_tiles(
+    monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int, v_parts: int = 1, piece: int = 0
+) -> None:
+    config = KernelConfig({"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts, "PIECE": piece})
     monkeypatch.setattr(attention_prefill_config, "default_config", lambda *_: config)
