@@ -26,7 +26,7 @@ demo: $(INSTALLED) $(MODEL)
 
 test: $(INSTALLED) $(MODEL) $(GEMMA) $(OLD_TRITON_INSTALLED)
 	$(BIN)/pytest -n 2
-	$(if $(OLD_TRITON_INSTALLED),PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/pytest -n 2 tests/kernels/test_gpu_*.py)
+	$(if $(OLD_TRITON_INSTALLED),PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/pytest -n 2 -k "not a_broken_kernel" tests/kernels/test_gpu_*.py)
 
 gate: $(INSTALLED) $(OLD_TRITON_INSTALLED)
 	$(BIN)/python scripts/kernel_baseline.py --check

@@ -109,7 +109,7 @@ def measure(build: Build, target: Target) -> Numbers:
         group = len(_PTX_GROUP_MATRIX.findall(ptx))
         return Numbers(
             registers=cubin.registers,
-            spill_bytes=cubin.stack_bytes,
+            spill_bytes=cubin.stack_bytes if cubin.local_accesses else 0,  # a stack that nobody uses is none
             shared_bytes=dynamic,
             instructions=cubin.instructions,
             matrix=len(_PTX_MATRIX.findall(ptx)) + group,

@@ -165,7 +165,7 @@ def _inspect_nvidia(build: Build) -> MachineCode:
         registers=cubin.registers,
         scalar_registers=0,
         accumulators=0,
-        spill_bytes=cubin.stack_bytes,
+        spill_bytes=cubin.stack_bytes if cubin.local_accesses else 0,  # a stack that nobody uses is none
         spills=cubin.local_accesses,
         shared_bytes=_nvidia_shared(metadata, cubin.shared_bytes),
         warps=warps,

@@ -72,6 +72,7 @@ def _patched() -> Iterator[None]:
         if hasattr(builder, name):
             replace(builder, name, _widening(getattr(builder, name)))
     replace(builder, "create_dot", _widening_dot(builder.create_dot))
+    replace(builder, "cast_impl", _casting(builder.cast_impl))
     replace(interpreter, "_patch_lang_tensor", _patching_scalars(interpreter._patch_lang_tensor))
     # Helpers are JITFunction objects, which refuse to be called outside of a kernel.
     replace(JITFunction, "__call__", lambda self, *a, **k: _interpreted(self.fn).rewrite()(*a, **k))
@@ -132,6 +133,18 @@ def _widening_dot(method: Any) -> Any:
         return method(self, _widen(a), _widen(b), accumulator, *rest)
 
     return dot
+
+
+def _casting(method: Any) -> Any:
+    """Casts between bfloat16 and types other than float32, which Triton's interpreter makes of the bits."""
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        pair = {source.dtype.scalar, target.scalar}
+        if tl.bfloat16 in pair and len(pair) == 2 and tl.float32 not in pair:
+            source = method(self, source, tl.float32)
+        return method(self, source, target)
+
+    return cast
 
 
 def _patching_scalars(patch: Any) -> Any:

@@ -1,5 +1,6 @@
 """Block sizes of the prefill attention kernel where no tuned table says others: what fits without spills."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -103,10 +104,11 @@ def _hip_config(
         return _config(32, 16)
     if head_dim <= 64:
         return _config(128, 32)
-    is_gfx11 = target.name.startswith("gfx11")  # it holds a product's rows twice
-    if head_dim > 128:
-        return _config(64, 16, piece=64 if is_gfx11 else 0)
-    return _config(64 if is_quantized else 128, 16, v_parts=2 if is_quantized and is_gfx11 else 1)
+    if head_dim <= 128 and not is_quantized:
+        return _config(128, 16)
+    # gfx11 holds a product's rows twice, so it has no registers for a whole head of q.
+    piece = math.gcd(head_dim, 64) if target.name.startswith("gfx11") else 0
+    return _config(64, 16, piece=piece)
 
 
 def _config(

@@ -106,6 +106,7 @@ def test_the_columns_of_every_choice_add_up(target: Target, head_dim: int) -> No
         blocks = attention_prefill_config.default_config(target, dtype, dtype, head_dim, 16, True).blocks
         parts = blocks["V_PARTS"]
         assert parts == 1 or next_power_of_2(head_dim // parts) * parts == head_dim
+        assert blocks["PIECE"] == 0 or head_dim % blocks["PIECE"] == 0
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,22 @@ def test_stores_round_to_nearest_even(target: torch.dtype) -> None:
     assert torch.equal(y, x.to(target))
 
 
+@triton.jit
+def _cast_kernel(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    y = tl.load(x_ptr + at).to(tl.bfloat16)
+    tl.store(y_ptr + at, y)
+    tl.store(z_ptr + at, y.to(tl.int32))
+
+
+def test_integers_become_bfloat16_by_value() -> None:
+    x = torch.tensor([0, 1, -3, 100, 257, 1 << 20, -128, 7], dtype=torch.int32)
+    y, z = torch.empty(8, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int32)
+    launch(_cast_kernel, (1,), x, y, z, config=KernelConfig({"BLOCK": 8}))
+    assert torch.equal(y, x.bfloat16())
+    assert torch.equal(z, x.bfloat16().int())
+
+
 def test_products_of_bfloat16_are_right() -> None:
     x = torch.randn(16, 16).bfloat16()
     y = torch.empty(16, 16)
