@@ -4,12 +4,12 @@ On CPU tensors the kernels are interpreted: right, and many thousand times slowe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from halimede.engine.layers.attention_step import AttentionLayer, LayerGroup
+from halimede.engine.layers.attention_step import AttentionLayer, AttentionStep, LayerGroup
 from halimede.engine.layers.attention_torch import make_plan
 from halimede.engine.layers.rotary import CosSin
 from halimede.engine.model_input import KVCache, ModelInput
@@ -61,7 +61,7 @@ class GpuStep:
 
     def attend(self, qkv: torch.Tensor, layer: AttentionLayer, kv_cache: KVCache) -> torch.Tensor:
         """As AttentionStep.attend."""
-        normed = layer.q_norm is not None and layer.k_norm is not None
+        q_norm, k_norm = layer.q_norm, layer.k_norm
         qk_norm_rotary_kv_write(
             qkv,
             self.positions,
@@ -71,9 +71,9 @@ class GpuStep:
             kv_cache.v,
             num_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
-            q_weight=layer.q_norm.weight if layer.q_norm is not None and normed else None,
-            k_weight=layer.k_norm.weight if layer.k_norm is not None and normed else None,
-            eps=layer.q_norm.eps if layer.q_norm is not None else 0.0,
+            q_weight=None if q_norm is None else q_norm.weight,
+            k_weight=None if k_norm is None else k_norm.weight,
+            eps=0.0 if q_norm is None else q_norm.eps,
             k_scale=kv_cache.k_scale,
             v_scale=kv_cache.v_scale,
         )
@@ -103,14 +103,28 @@ class GpuBackend:
             attn.max_seq_len,
             attn.num_decode_rows,
         )
-        return [self._step(model_input, group, rows, kv_cache, num_heads) for group in groups]
+        return [
+            GpuStep(
+                model_input.positions,
+                attn.slot_mapping,
+                group.rotary_emb.tables,
+                self._attention.prepare(rows, kv_cache, num_heads, group.window),
+            )
+            for group in groups
+        ]
 
     def make_output_step(
-        self, model_input: ModelInput, group: LayerGroup, kv_cache: KVCache, num_heads: int
+        self,
+        step: AttentionStep,
+        model_input: ModelInput,
+        group: LayerGroup,
+        kv_cache: KVCache,
+        num_heads: int,
     ) -> GpuStep:
         """As Backend.make_output_step."""
         outputs = model_input.outputs
         assert outputs is not None, "the step has outputs"
+        assert isinstance(step, GpuStep), "the step is of this backend"
         rows = PagedRows(
             outputs.block_tables,
             outputs.query_start_loc,
@@ -119,20 +133,8 @@ class GpuBackend:
             max_seq_len=model_input.attn.max_seq_len,
             num_decode_rows=outputs.seq_lens.shape[0],
         )
-        return self._step(model_input, group, rows, kv_cache, num_heads, model_input.logits_indices)
-
-    def _step(
-        self,
-        model_input: ModelInput,
-        group: LayerGroup,
-        rows: PagedRows,
-        kv_cache: KVCache,
-        num_heads: int,
-        tokens: torch.Tensor | None = None,
-    ) -> GpuStep:
         attention = self._attention.prepare(rows, kv_cache, num_heads, group.window)
-        slots = model_input.attn.slot_mapping
-        return GpuStep(model_input.positions, slots, group.rotary_emb.tables, attention, tokens)
+        return replace(step, attention=attention, tokens=model_input.logits_indices)
 
 
 class TritonAttention:
@@ -147,23 +149,24 @@ class TritonAttention:
 
     def prepare(self, rows: PagedRows, kv_cache: KVCache, num_heads: int, window: int | None) -> Attend:
         """As PagedAttention.prepare."""
-        num_kv_heads, head_dim = kv_cache.k.shape[1], kv_cache.k.shape[3]
-        plan = plan_decode(
-            rows.query_start_loc,
-            rows.seq_lens,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            max_seq_len=rows.max_seq_len,
-            sliding_window=window,
-            split_size=self._split_size,
-        )
+        plan = None
+        if rows.num_decode_rows:
+            plan = plan_decode(
+                rows.query_start_loc,
+                rows.seq_lens,
+                num_heads=num_heads,
+                num_kv_heads=kv_cache.k.shape[1],
+                head_dim=kv_cache.k.shape[3],
+                max_seq_len=rows.max_seq_len,
+                sliding_window=window,
+                split_size=self._split_size,
+            )
 
         def attend(q: torch.Tensor, kv_cache: KVCache, scale: float) -> torch.Tensor:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             inputs = q, kv_cache.k, kv_cache.v, rows.block_tables, rows.query_start_loc, rows.seq_lens
             k_scale, v_scale = kv_cache.k_scale, kv_cache.v_scale
-            if rows.num_decode_rows:
+            if plan is not None:
                 paged_attention_decode(
                     *inputs,
                     plan,

@@ -58,7 +58,12 @@ class Backend(Protocol):
         ...
 
     def make_output_step(
-        self, model_input: ModelInput, group: LayerGroup, kv_cache: KVCache, num_heads: int
+        self,
+        step: AttentionStep,
+        model_input: ModelInput,
+        group: LayerGroup,
+        kv_cache: KVCache,
+        num_heads: int,
     ) -> AttentionStep:
-        """The step for the last layer of a model_input that has outputs: it attends for those only."""
+        """`step`, which make_steps made for the group, for a last layer that attends for the outputs only."""
         ...

@@ -1,12 +1,12 @@
 """Attention in torch, for CPUs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from halimede.engine.layers.attention_step import AttentionLayer, LayerGroup
+from halimede.engine.layers.attention_step import AttentionLayer, AttentionStep, LayerGroup
 from halimede.engine.model_input import KVCache, ModelInput
 from halimede.kernels.attention import paged_attention
 from halimede.kernels.attention_plan import AttentionPlan, plan_attention
@@ -77,16 +77,18 @@ class TorchBackend:
         ]
 
     def make_output_step(
-        self, model_input: ModelInput, group: LayerGroup, kv_cache: KVCache, num_heads: int
+        self,
+        step: AttentionStep,
+        model_input: ModelInput,
+        group: LayerGroup,
+        kv_cache: KVCache,
+        num_heads: int,
     ) -> TorchStep:
         """As Backend.make_output_step."""
         assert model_input.outputs is not None, "the step has outputs"
-        return TorchStep(
-            rotary_factors(*group.rotary_emb(model_input.positions)),
-            _kv_rows(model_input, kv_cache),
-            make_plan(model_input.outputs, kv_cache, num_heads, group.window),
-            model_input.logits_indices,
-        )
+        assert isinstance(step, TorchStep), "the step is of this backend"
+        plan = make_plan(model_input.outputs, kv_cache, num_heads, group.window)
+        return replace(step, plan=plan, tokens=model_input.logits_indices)
 
 
 def make_plan(attn: _Rows, kv_cache: KVCache, num_heads: int, window: int | None) -> AttentionPlan:

@@ -129,7 +129,8 @@ class Decoder(nn.Module):
             chosen = [steps[group] for group in self._group_of_layer[:whole]]
             hidden_states = run_layers(self.layers, None, residual, chosen, kv_caches)
             if model_input.outputs is not None:
-                return self._finish(hidden_states, residual, model_input, kv_caches[-1])
+                last = steps[self._group_of_layer[-1]]
+                return self._finish(hidden_states, residual, last, model_input, kv_caches[-1])
         assert hidden_states is not None, "a decoder has layers"
         normed = self.norm.add(hidden_states, residual)
         return normed if model_input.outputs is None else normed[model_input.logits_indices]
@@ -138,6 +139,7 @@ class Decoder(nn.Module):
         self,
         hidden_states: torch.Tensor | None,
         residual: torch.Tensor,
+        step: AttentionStep,
         model_input: ModelInput,
         kv_cache: KVCache,
     ) -> torch.Tensor:
@@ -147,7 +149,7 @@ class Decoder(nn.Module):
         """
         layer: DecoderLayer = self.layers[-1]  # type: ignore[assignment]
         group, heads = self._groups[self._group_of_layer[-1]], self.config.num_attention_heads
-        step = self._backend.make_output_step(model_input, group, kv_cache, heads)
+        step = self._backend.make_output_step(step, model_input, group, kv_cache, heads)
         attended = layer.attend(hidden_states, residual, step, kv_cache)
         if attended.shape[0] == 0:
             return attended

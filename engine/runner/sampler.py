@@ -141,11 +141,7 @@ def _draw(logits: torch.Tensor, random: RandomRows) -> torch.Tensor:
     """
     filter_logits(logits, random)
     starts = stream_keys(random.keys, logits.device)
-    if logits.device.type == "cpu":
-        _add_gumbel_by_row(logits, starts, sparse=random.filters)
-    else:
-        tokens = torch.arange(logits.shape[-1], device=logits.device)
-        logits -= exponential_noise(starts.unsqueeze(1), tokens).log_()
+    _add_gumbel_by_row(logits, starts, sparse=random.filters)
     return _argmax(logits)
 
 
@@ -165,6 +161,4 @@ def _add_gumbel_by_row(logits: torch.Tensor, starts: torch.Tensor, *, sparse: bo
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
     """The first of the largest logits, or the first NaN, of each row (S, V): int64 (S)."""
-    if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))  # several times faster than torch's
-    return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))  # several times faster than torch's
