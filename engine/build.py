@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from halimede.engine.config import EngineConfig
 from halimede.engine.core import EngineCore
-from halimede.engine.executor.base import Executor
+from halimede.engine.executor.device import resolve_device
 from halimede.engine.executor.local import LocalExecutor
+from halimede.engine.executor.settings import resolve_settings
 from halimede.engine.loader.hf_overrides import apply_hf_overrides
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.resolve import resolve_model
@@ -34,9 +35,21 @@ def open_model(config: EngineConfig) -> tuple[ModelFiles, ModelConfig]:
 
 def build_core(
     config: EngineConfig, files: ModelFiles, model_config: ModelConfig
-) -> tuple[EngineCore, Executor]:
-    """Load the weights in this process and set up the KV cache and the scheduler over it."""
-    executor = LocalExecutor(config, files, model_config)
+) -> tuple[EngineCore, LocalExecutor]:
+    """Load the weights in this process and set up the KV cache and the scheduler over it.
+
+    KernelCacheError under jit="forbid" if a kernel that serving may need on the GPU is not in the cache.
+    """
+    settings = resolve_settings(config, model_config, resolve_device(config.device))
+    kernels = None
+    if settings.device.type == "cuda":
+        # Not above: on a CPU Triton need not be installed.
+        from halimede.engine.warmup.serving import open_serving_kernels
+        from halimede.kernels.target import target_of_device
+
+        target = target_of_device(settings.device)
+        kernels = open_serving_kernels(config, model_config, settings, target)
+    executor = LocalExecutor(config, files, model_config, settings, kernels)
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=executor.num_blocks,

@@ -12,6 +12,7 @@ from halimede.scheduler.config import SchedulingPolicy
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "triton", "xformers", "torch"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3", "int8"]
+Jit = Literal["allow", "warn", "forbid"]
 LoadFormat = Literal["auto", "hf", "safetensors", "pt", "gguf", "dummy"]
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -62,6 +63,14 @@ class EngineConfig(KeywordChecked):
         "Data type of the KV cache: auto (the model's), fp8 (e4m3) or int8 (a scale per token and head). "
         "8 bits halve its memory and need the triton attention backend.",
     )
+    jit: Jit = _option(
+        "allow",
+        "What to do about a GPU kernel that is not in the kernel cache: allow (compile it when needed), "
+        "warn (say so, too) or forbid (refuse to start; `halimede warmup` builds what is missing).",
+    )
+    kernel_cache_dir: str | None = _option(
+        None, "Folder of compiled kernels; default: HALIMEDE_KERNEL_CACHE, else ~/.cache/halimede/kernels."
+    )
     tensor_parallel_size: int = _option(1, "Number of GPUs that share each layer.")
     enforce_eager: bool = _option(False, "Never capture GPU graphs.")
     seed: int = _option(0, "Seed of requests that have none of their own.")
@@ -89,7 +98,7 @@ class EngineConfig(KeywordChecked):
     max_logprobs: int = _option(20, "Most log-probabilities a request may ask per token; -1: no limit.")
 
     def __post_init__(self) -> None:
-        for name in ("tokenizer", "chat_template", "download_dir"):
+        for name in ("tokenizer", "chat_template", "download_dir", "kernel_cache_dir"):
             if isinstance(getattr(self, name), PathLike):
                 object.__setattr__(self, name, fspath(getattr(self, name)))
         spelled = str(self.dtype).removeprefix("torch.")  # torch.bfloat16, and vLLM's short names

@@ -34,7 +34,10 @@ class LLM:
 
     model: a directory, a .gguf file or a Hugging Face id. `options` are the fields of EngineConfig, under
     vLLM's names. Raises ConfigError for an option that is unknown or does not fit, ModelLoadError for a
-    checkpoint that cannot be loaded.
+    checkpoint that cannot be loaded, KernelCacheError for kernels that jit="forbid" misses.
+
+    max_model_len: tokens of the longest sequence. kernel_counters: what the kernel cache and the compiler had
+    to do so far; None on a CPU.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -50,6 +53,7 @@ class LLM:
         eos = eos_token_ids(files, self.model_config, self._tokenizer)
         self._core, executor = build_core(self.config, files, self.model_config)
         self.max_model_len = executor.max_model_len
+        self.kernel_counters = executor.kernel_counters
         self._inputs = InputProcessor(
             self._tokenizer,
             eos,

@@ -1,95 +1,47 @@
-"""Compiles kernels for a GPU that is not there: Triton is told of one, and launchers run on meta tensors.
+"""Compiles kernels for a GPU that need not be there: launchers run on meta tensors, and what they would have
+started is compiled.
 
-Triton's compiler and the ptxas in its wheel need neither GPU nor toolkit. Launching on meta tensors gives
-exactly the specialisation (types, alignment, constants) that the same call has on the GPU, so the result
-has the same key in Triton's cache.
+Triton's compiler and the ptxas in its wheel need neither GPU nor toolkit nor driver.
 """
 
 import contextlib
-import hashlib
 import io
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
+from triton.compiler.compiler import ASTSource, make_backend
 
 from halimede.errors import KernelError
-from halimede.kernels.kernel_source import kernel_source
-from halimede.kernels.launch import Build, collecting
+from halimede.kernels.launch import Launch, intercepting
 from halimede.kernels.spec import Case, KernelSpec
-from halimede.kernels.target import TARGETS, Target
+from halimede.kernels.specialise import Specialisation
+from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig
 
 _META = torch.device("meta")
+_DIGEST = 12
+_Result = TypeVar("_Result")
+# Triton's settings and standard output, which are changed while compiling, belong to the whole process.
+_compiling = threading.Lock()
 
 
-class _NoLauncher:
-    def __init__(self, *args: Any) -> None:
-        pass
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One compiled specialisation: Triton's CompiledKernel and what it was compiled with."""
 
-    def __call__(self, *args: Any) -> None:
-        raise KernelError("a kernel compiled for a GPU that is not there cannot be launched")
-
-
-class _PretendedDriver(DriverBase):  # type: ignore[misc]
-    """What Triton asks its driver while compiling, for a given target. It cannot launch."""
-
-    launcher_cls = _NoLauncher
-
-    def __init__(self, target: Target, first_device: int) -> None:
-        self._target = target
-        # JITFunction keeps kernels by device number: one for each target.
-        self._device = first_device + list(TARGETS).index(target.name)
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target.for_triton()
-
-    def get_current_device(self) -> int:
-        return self._device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return _META
-
-    def get_benchmarker(self) -> Any:
-        raise KernelError("nothing can be timed on a GPU that is not there")
-
-
-# Planning has devices of its own: what was compiled is not seen there as present.
-_COMPILING, _PLANNING = 1000, 2000
-
-
-@contextlib.contextmanager
-def _pretending(target: Target, first_device: int) -> Iterator[None]:
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(_PretendedDriver(target, first_device))
-    try:
-        yield
-    finally:
-        driver._active = before
+    name: str
+    config: KernelConfig
+    compiled: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A specialisation that has not been compiled.
-
-    digest: of all that its machine code hangs on besides Triton's version: the source with its helpers,
-    types, alignment, constants, options, target. Comments and the place in the file are not in it.
-    """
+    """A specialisation that has not been compiled. digest: the first digits of Specialisation.digest."""
 
     name: str
     config: KernelConfig
@@ -101,31 +53,65 @@ def compile_case(spec: KernelSpec, case: Case, target: Target) -> list[Build]:
 
     KernelError that names kernel, case and target, with the compiler's message, if it cannot be compiled.
     """
-    with _pretending(target, _COMPILING):
-        return _launch_on_meta(spec, case, target)
+    return [
+        Build(launch.kernel.__name__, launch.config, compiled)
+        for launch, compiled in _on_meta(spec, case, target, compile_specialisation)
+    ]
 
 
 def plan_case(spec: KernelSpec, case: Case, target: Target) -> list[Plan]:
     """What compile_case would compile, in the same order, in milliseconds. KernelError as there."""
-    digests: list[str] = []
-
-    def note_and_skip(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        text = f"{target.name}\n{compile['key']}\n{kernel_source(fn.jit_function)}"
-        digests.append(hashlib.sha256(text.encode()).hexdigest()[:12])
-        return True
-
-    with _pretending(target, _PLANNING), triton.knobs.runtime.scope():
-        triton.knobs.runtime.jit_cache_hook = note_and_skip
-        builds = _launch_on_meta(spec, case, target)
-    return [Plan(b.name, b.config, digest) for b, digest in zip(builds, digests, strict=True)]
+    return [
+        Plan(launch.kernel.__name__, launch.config, specialisation.digest[:_DIGEST])
+        for launch, specialisation in _on_meta(spec, case, target, lambda found: found)
+    ]
 
 
-def _launch_on_meta(spec: KernelSpec, case: Case, target: Target) -> list[Build]:
-    with collecting(target) as collection, torch.device("meta"):
+def compile_specialisation(specialisation: Specialisation, *, keep: bool = True) -> Any:
+    """Triton's CompiledKernel of it. keep: in Triton's own cache, too, and take it from there.
+
+    Raises what Triton raises. Compiles one at a time in a process: Triton's settings are the process's.
+    """
+    names = list(specialisation.signature)
+    backend = make_backend(specialisation.target.for_triton())
+    attributes = {}
+    for at, kind in enumerate(specialisation.signature.values()):
+        marks = kind.partition(":")[2]
+        found = ("D" if "16" in marks else "") + ("S" if "2G" in marks else "")
+        if found:
+            attributes[(at,)] = backend.parse_attr(found)
+    source = ASTSource(
+        specialisation.kernel,
+        {name: kind.partition(":")[0] for name, kind in specialisation.signature.items()},
+        {(names.index(name),): value for name, value in specialisation.constants.items()},
+        attributes,
+    )
+    knobs = triton.knobs
+    with _compiling, contextlib.ExitStack() as stack:
+        # ptxas prints the whole program on an error.
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(knobs.compilation.scope())
+        # Paths of the machine that compiles would be in the tables.
+        knobs.compilation.disable_line_info = True
+        if not keep:
+            stack.enter_context(knobs.cache.scope())
+            knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="halimede-"))
+        return triton.compile(
+            source, target=specialisation.target.for_triton(), options=dict(specialisation.options)
+        )
+
+
+def _on_meta(
+    spec: KernelSpec, case: Case, target: Target, do: Callable[[Specialisation], _Result]
+) -> list[tuple[Launch, _Result]]:
+    done: list[tuple[Launch, _Result]] = []
+
+    def intercept(launch: Launch) -> None:
+        done.append((launch, do(launch.specialise(target))))
+
+    with intercepting(target, intercept), torch.device("meta"):
         try:
-            # ptxas prints the whole program on an error.
-            with contextlib.redirect_stdout(io.StringIO()):
-                spec.launcher(**case.make(_META))
+            spec.launcher(**case.make(_META))
         except KernelError:
             raise
         except Exception as error:
@@ -133,4 +119,4 @@ def _launch_on_meta(spec: KernelSpec, case: Case, target: Target) -> list[Build]
                 f"{spec.name} ({case.name}) cannot be compiled for {target.name} by Triton "
                 f"{triton.__version__}: {type(error).__name__}: {error}"
             ) from error
-    return collection.builds
+    return done

@@ -2,15 +2,13 @@
 
 import ast
 import functools
-import io
-import tokenize
 import types
 from typing import Any
 
 from triton.language.core import constexpr
 from triton.runtime.jit import JITCallable
 
-_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
+from halimede.kernels.source_tokens import source_tokens
 
 
 @functools.cache
@@ -26,7 +24,7 @@ def _collect(function: Any, found: dict[str, str]) -> None:
     name = f"{function.fn.__module__}.{function.fn.__qualname__}"
     if name in found:
         return
-    found[name] = _tokens(function.src)
+    found[name] = source_tokens(function.src)
     scope = function.get_capture_scope()
     for node in ast.walk(ast.parse(function.src)):
         value = _value_of(node, scope)
@@ -46,25 +44,3 @@ def _value_of(node: ast.AST, scope: dict[str, Any]) -> Any:
         if isinstance(owner, types.ModuleType):
             return getattr(owner, node.attr, None)
     return None
-
-
-def _tokens(source: str) -> str:
-    kept: list[tokenize.TokenInfo] = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in _LAYOUT:
-            continue
-        if token.type == tokenize.NEWLINE and _is_docstring(kept):
-            kept.pop()
-            continue
-        kept.append(token)
-    # A token of layout is named: its text is the indentation as it happens to be written.
-    named = (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE)
-    return " ".join(tokenize.tok_name[t.type] if t.type in named else t.string for t in kept)
-
-
-def _is_docstring(kept: list[tokenize.TokenInfo]) -> bool:
-    return (
-        len(kept) > 1
-        and kept[-1].type == tokenize.STRING
-        and kept[-2].type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    )

@@ -1,18 +1,19 @@
-"""How a kernel's launcher starts its kernel: on a GPU it runs, on CPU tensors it is interpreted, and on meta
-tensors it is compiled for the target of the enclosing `collecting`.
+"""How a kernel's launcher starts its kernel: on a GPU it runs, on CPU tensors it is interpreted, and inside
+of `intercepting` it is handed to somebody who wants to know, whatever its tensors are.
 
 So what is tested without a GPU, what is built ahead and what serves are the same call with the same choices.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from halimede.errors import KernelError
+from halimede.kernels.specialise import Specialisation, specialise
 from halimede.kernels.target import TARGETS, Target, target_of_device
 from halimede.kernels.tuning import KernelConfig
 
@@ -21,42 +22,48 @@ INTERPRETED_TARGET = TARGETS["sm_90"]
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
-    """One compiled specialisation: Triton's CompiledKernel and what it was compiled with."""
+class Launch:
+    """What `launch` was asked for. constants: all constexprs, also those of the config."""
 
-    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
     config: KernelConfig
-    compiled: Any
+    constants: Mapping[str, Any]
+
+    def specialise(self, target: Target) -> Specialisation:
+        """What it is compiled for."""
+        return specialise(self.kernel, self.args, self.constants, self.config, target)
+
+
+Interceptor = Callable[[Launch], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Collection:
-    """What the launches inside of one `collecting` compiled, in their order."""
-
+class _Interception:
     target: Target
-    builds: list[Build] = field(default_factory=list)
+    interceptor: Interceptor
 
 
-_collection: ContextVar[Collection | None] = ContextVar("halimede_kernel_collection", default=None)
+_interception: ContextVar[_Interception | None] = ContextVar("halimede_launches", default=None)
 
 
 @contextlib.contextmanager
-def collecting(target: Target) -> Iterator[Collection]:
-    """Launches on meta tensors inside compile for `target`. Triton's driver must already pretend to be it."""
-    collection = Collection(target)
-    token = _collection.set(collection)
+def intercepting(target: Target, interceptor: Interceptor) -> Iterator[None]:
+    """Launches inside make the choices of `target` and are given to `interceptor` in place of being run."""
+    token = _interception.set(_Interception(target, interceptor))
     try:
-        yield collection
+        yield
     finally:
-        _collection.reset(token)
+        _interception.reset(token)
 
 
 def target_of(tensor: torch.Tensor) -> Target:
     """The target whose choices a launch on this tensor's device follows."""
-    if tensor.device.type == "cuda":
-        return target_of_device(tensor.device)
-    collection = _collection.get()
-    return INTERPRETED_TARGET if collection is None else collection.target
+    interception = _interception.get()
+    if interception is not None:
+        return interception.target
+    return target_of_device(tensor.device) if tensor.device.type == "cuda" else INTERPRETED_TARGET
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig, **constants: Any) -> None:
@@ -65,29 +72,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig,
     args: in the kernel's order, up to its first constexpr; the first tensor says the device. constants: its
     constexprs but for those that `config.blocks` holds. A grid with a size of 0 starts nothing.
     """
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     constants = {**constants, **config.blocks}
-    if device.type == "meta":
-        _compile(kernel, grid, args, config, constants)
+    interception = _interception.get()
+    if interception is not None:
+        interception.interceptor(Launch(kernel, grid, args, config, constants))
         return
     if 0 in grid:
         return
-    if device.type == "cpu":
-        from halimede.kernels.interpret import interpret
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type == "cuda":
+        from halimede.kernels.device_kernels import device_kernels
+        from halimede.kernels.library import current_library
 
-        interpret(kernel, grid, args, constants)
+        device_kernels(current_library(), device).launch(kernel, grid, args, config, constants)
         return
-    options = config.triton_options(target_of_device(device))
-    with torch.cuda.device(device):
-        kernel[grid](*args, **constants, **options)
+    if device.type != "cpu":
+        raise KernelError(f"{kernel.__name__} was given tensors on {device}, where no kernel runs")
+    from halimede.kernels.interpret import interpret
 
-
-def _compile(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], config: KernelConfig, constants: dict[str, Any]
-) -> None:
-    collection = _collection.get()
-    if collection is None:
-        raise KernelError(f"{kernel.__name__} was given meta tensors outside of kernels.compile")
-    options = config.triton_options(collection.target)
-    compiled = kernel.warmup(*args, grid=grid, **constants, **options)
-    collection.builds.append(Build(kernel.__name__, config, compiled))
+    interpret(kernel, grid, args, constants)

@@ -4,7 +4,8 @@ Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute
 of a compute unit, from the CDNA and RDNA instruction set documents.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -25,7 +26,8 @@ class Target:
 
     arch: as Triton names it, 90 or "gfx942". warp_size: threads. shared_memory: bytes that one program may
     use. native_e4m3: whether it converts float8_e4m3fn itself. wgmma: whether products of 64 rows and more
-    run on Hopper's warp-group instructions.
+    run on Hopper's warp-group instructions. machine: what code is made for, "sm_103", if that is another one
+    whose kernels make this one's choices.
     """
 
     name: str
@@ -35,12 +37,18 @@ class Target:
     shared_memory: int
     native_e4m3: bool
     wgmma: bool = False
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.machine:
+            object.__setattr__(self, "machine", self.name)
 
     def for_triton(self) -> "GPUTarget":
-        """The target as Triton's compiler takes it."""
+        """The machine as Triton's compiler takes it."""
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget(self.backend, self.arch, self.warp_size)
+        arch = int(self.machine.removeprefix("sm_")) if self.backend == "cuda" else self.machine
+        return GPUTarget(self.backend, arch, self.warp_size)
 
 
 def _cuda(arch: int, shared_kib: int, *, native_e4m3: bool, wgmma: bool = False) -> Target:
@@ -89,10 +97,13 @@ _HIP_KIN = MappingProxyType(
 
 
 def find_target(name: str) -> Target:
-    """The target of that name; KernelError if there is none."""
-    if name not in TARGETS:
+    """The target of that name, as own_target has it; KernelError if there are no kernels for it."""
+    if name.startswith("gfx"):
+        return own_target("hip", name)
+    number = re.fullmatch(r"sm_?(\d+)a?", name)
+    if number is None:
         raise KernelError(f"target {name!r} is unknown; use one of: {', '.join(TARGETS)}")
-    return TARGETS[name]
+    return own_target("cuda", int(number[1]))
 
 
 def nearest_target(backend: str, arch: int | str) -> Target:
@@ -111,13 +122,20 @@ def nearest_target(backend: str, arch: int | str) -> Target:
     raise KernelError(f"no kernels for {backend} GPUs of type {arch}; they exist for: {', '.join(TARGETS)}")
 
 
+def own_target(backend: str, arch: int | str) -> Target:
+    """nearest_target with code for the GPU itself. KernelError as there."""
+    nearest = nearest_target(backend, arch)
+    machine = str(arch) if backend == "hip" else f"sm_{arch}"
+    return nearest if machine == nearest.machine else replace(nearest, machine=machine)
+
+
 @cache
 def target_of_device(device: torch.device) -> Target:
     """The target of a GPU that is there."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return nearest_target("hip", properties.gcnArchName.split(":")[0])
-    return nearest_target("cuda", properties.major * 10 + properties.minor)
+        return own_target("hip", properties.gcnArchName.split(":")[0])
+    return own_target("cuda", properties.major * 10 + properties.minor)
 
 
 @cache

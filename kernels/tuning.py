@@ -77,6 +77,13 @@ def tuned_table(target: str) -> Table:
     return read_table(path) if path.exists() else MappingProxyType({})
 
 
+def tuned_sizes(target: Target) -> tuple[int, ...]:
+    """Sizes that together meet every bucket of every kernel in the target's table, ascending."""
+    kernels = tuned_table(target.name).values()
+    buckets = {size for keys in kernels for entries in keys.values() for size, _ in entries}
+    return tuple(sorted(buckets | {size + 1 for size in buckets}))
+
+
 def read_table(path: Path) -> Table:
     """Read a table; KernelError that names the file and what is wrong with it."""
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from halimede.engine.cli.completion import hub_cache
+from halimede.engine.cli.doctor_kernels import find_kernels
 from halimede.engine.cli.machine import (
     Findings,
     find_environment,
@@ -43,7 +44,7 @@ def examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
     torch_error = _try_torch()
     if torch_error is None:
         _add_torch_facts(findings["system"])
-        findings |= {"gpu": find_gpus(), "choice": _find_choice()}
+        findings |= {"gpu": find_gpus(), "choice": _find_choice(), "kernels": find_kernels()}
     else:
         findings["choice"] = Findings(problems=[torch_error])
     findings |= {"caches": _find_caches(), "environment": find_environment()}
@@ -100,7 +101,9 @@ def _find_choice() -> Findings:
             facts[fact] += f", computed in {shown} (this CPU has no arithmetic in it)"
     if device.type == "cpu":
         facts["KV cache"] = f"{format_bytes(cpu_kv_bytes())} (a share of the available memory)"
-    facts["attention"] = "torch's operations over the blocks of the KV cache"
+    facts["attention"] = (
+        "torch's operations over the blocks of the KV cache" if device.type == "cpu" else "Triton kernels"
+    )
     return Findings(facts)
 
 

@@ -109,6 +109,7 @@ def _stream(llm: "LLM", text: str, params: SamplingParams, *, chat: bool, system
     if answer.interrupted:
         raise KeyboardInterrupt
     notice(answer.describe())
+    _tell_kernels(llm)
 
 
 def _run_batch(
@@ -133,9 +134,20 @@ def _run_batch(
             print(json.dumps(_record(item, output), ensure_ascii=False), flush=True)
         else:
             _print_answer(item, output)
+    _tell_kernels(llm)
     failed = sum(output.error is not None for output in outputs)
     if failed:
         raise typer.Exit(1 if len(outputs) == 1 else _SOME_FAILED)
+
+
+def _tell_kernels(llm: "LLM") -> None:
+    """Where the GPU kernels came from; nothing on a CPU."""
+    counters = llm.kernel_counters
+    if counters is not None:
+        notice(
+            f"kernels: {counters.kernel_cache_hits_total} from the cache, {counters.jit_compiles_total} "
+            f"compiled in {counters.jit_compile_seconds_total:.1f} s"
+        )
 
 
 def _print_answer(item: _Input, output: "RequestOutput") -> None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halimede.engine.cli.kernel_cache import CacheDirectory, list_cached, register
+from halimede.engine.cli.table import print_rows
 from halimede.errors import KernelError
 
 if TYPE_CHECKING:
+    from halimede.kernels.compile import Build
     from halimede.kernels.inspect import MachineCode
-    from halimede.kernels.launch import Build
     from halimede.kernels.spec import Case, KernelSpec
 
 app = typer.Typer(
@@ -33,9 +35,27 @@ class Assembly(enum.StrEnum):
     AMDGCN = "amdgcn"
 
 
-@app.command("list", short_help="List the kernels.")
-def list_kernels(as_json: _Json = False) -> None:
-    """List the kernels: name, summary, the shapes of serving that each is checked for (signatures)."""
+@app.command("list", short_help="List the kernels, or those in the kernel cache.")
+def list_kernels(
+    cached: Annotated[
+        bool, typer.Option("--cached", help="List compiled kernels in the kernel cache instead.")
+    ] = False,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of the cache, only these: sm_90,gfx942.")
+    ] = None,
+    kernel_cache_dir: CacheDirectory = None,
+    as_json: _Json = False,
+) -> None:
+    """List the kernels: name, summary, the shapes of serving that each is checked for (signatures).
+
+    Of those in the cache: kernel, target, Triton's version; registers and spilled bytes of a thread; shared
+    memory of a program and size of the binary in bytes; key. As JSON, all that their manifests hold.
+    """
+    if cached:
+        list_cached(kernel_cache_dir, target, as_json=as_json)
+        return
+    if target is not None or kernel_cache_dir is not None:
+        raise typer.BadParameter("--target and --kernel-cache-dir are for --cached; add it or leave them out")
     kernels = _kernels()
     if as_json:
         listed = [
@@ -44,7 +64,7 @@ def list_kernels(as_json: _Json = False) -> None:
         ]
         print(json.dumps(listed, indent=2, ensure_ascii=False))
         return
-    _print_rows(
+    print_rows(
         ("Kernel", "Summary", "Signatures"),
         [(k.name, k.summary, str(len(k.signatures))) for k in kernels.values()],
     )
@@ -85,7 +105,9 @@ def inspect_kernel(
     if as_json:
         print(json.dumps([_as_json(*entry) for entry in found], indent=2, ensure_ascii=False))
         return
-    _print_rows(_COLUMNS, [_row(*entry) for entry in found])
+    print_rows(_COLUMNS, [_row(*entry) for entry in found])
+    if sys.stdout.isatty():
+        print("16-byte accesses/all accesses; shared memory and spills in bytes.")
 
 
 def _kernels() -> "dict[str, KernelSpec]":
@@ -190,21 +212,4 @@ def _mix(code: "MachineCode") -> str:
     return ", ".join(parts).replace("_", " ")
 
 
-def _print_rows(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table on a terminal; elsewhere lines with tabs, for grep and cut."""
-    if not sys.stdout.isatty():
-        for row in rows:
-            print(*row, sep="\t")
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
-    if titles == _COLUMNS:
-        print("16-byte accesses/all accesses; shared memory and spills in bytes.")
+register(app)  # at the end: `--help` lists commands in this order

@@ -17,6 +17,7 @@ from halimede.engine.cli.generate import generate
 from halimede.engine.cli.kernels import app as kernels
 from halimede.engine.cli.models import models
 from halimede.engine.cli.options import with_engine_options, with_options
+from halimede.engine.cli.warmup import warmup
 from halimede.errors import HalimedeError
 
 # \b: the lines stay as they are.
@@ -37,6 +38,9 @@ app.command("chat", no_args_is_help=True)(with_options(chat))
 app.command("generate", no_args_is_help=True)(with_options(generate))
 app.command("batch", no_args_is_help=True, short_help="Run a file of requests, offline.")(
     with_engine_options(batch)
+)
+app.command("warmup", no_args_is_help=True, short_help="Build a model's GPU kernels, without a GPU.")(
+    with_engine_options(warmup)
 )
 app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")

@@ -45,7 +45,8 @@ def resolve_dtype(
 ) -> torch.dtype:
     """The data type that `name` means; ConfigError if the device lacks it or the model overflows in it.
 
-    no_float16_for: the architecture, if its activations pass float16's largest number.
+    no_float16_for: the architecture, if its activations pass float16's largest number. The device "meta"
+    stands for any GPU.
 
     "auto" on a GPU is the checkpoint's type, where that is float32 or unknown (a GGUF) bfloat16: float32
     would cost twice the memory and most of the speed. Unlike vLLM, which takes float16 there, because
@@ -55,7 +56,7 @@ def resolve_dtype(
     in bfloat16, and bfloat16, whose range suits every model, for all others; resolve_activation_dtype says
     what it is computed in.
     """
-    has_bfloat16 = _gpu_has_bfloat16(device) if device.type == "cuda" else cpu_has_bfloat16()
+    has_bfloat16 = cpu_has_bfloat16() if device.type == "cpu" else _gpu_has_bfloat16(device)
     if name != "auto":
         if device.type == "cuda" and name == "bfloat16" and not has_bfloat16:
             raise ConfigError(f"dtype='bfloat16': {device} does not compute in it; use float16 or float32")
@@ -92,7 +93,8 @@ def resolve_activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.
 
 
 def _gpu_has_bfloat16(device: torch.device) -> bool:
-    if torch.version.hip is not None:
+    # A GPU that is not there is one of those that kernels are built for, which all have it.
+    if device.type == "meta" or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -1,23 +1,18 @@
 """Runs the model in this process, on one device."""
 
+import contextlib
 import gc
 import logging
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from halimede.engine.config import EngineConfig
-from halimede.engine.executor.backend import (
-    make_backend,
-    resolve_attention_backend,
-    resolve_kv_cache_dtype,
-)
-from halimede.engine.executor.device import (
-    resolve_activation_dtype,
-    resolve_device,
-    resolve_dtype,
-)
+from halimede.engine.executor.backend import make_backend
+from halimede.engine.executor.device import resolve_device
+from halimede.engine.executor.settings import resolve_settings
 from halimede.engine.layers.attention_step import Backend
 from halimede.engine.loader.dummy import fill_with_random_weights
 from halimede.engine.loader.model_files import ModelFiles
@@ -26,16 +21,21 @@ from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ModelConfig
 from halimede.engine.models.registry import build_model
 from halimede.engine.runner.kv_cache import (
+    KVCacheSize,
     KVCacheSpec,
     allocate_kv_caches,
-    check_max_model_len,
     size_kv_cache,
 )
 from halimede.engine.runner.memory import available_memory, cpu_kv_bytes, gpu_kv_bytes
 from halimede.engine.runner.model_runner import ModelRunner
 from halimede.engine.runner.sampler import make_sampler
+from halimede.engine.runner.settings import ExecutionSettings
 from halimede.errors import EngineDeadError
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
+
+if TYPE_CHECKING:  # Triton need not be installed
+    from halimede.engine.warmup.serving import ServingKernels
+    from halimede.kernels.library import KernelCounters
 
 logger = logging.getLogger(__name__)
 
@@ -51,29 +51,48 @@ class LocalExecutor:
     weights that cannot be loaded.
     """
 
-    def __init__(self, config: EngineConfig, files: ModelFiles, model_config: ModelConfig) -> None:
-        self.device = resolve_device(config.device)
-        overflows = None if model_config.supports_float16 else model_config.architecture
-        self.dtype = resolve_dtype(config.dtype, model_config.dtype, self.device, no_float16_for=overflows)
-        longest = check_max_model_len(config, model_config)
-        attention = resolve_attention_backend(config.attention_backend, self.device)
-        activations = resolve_activation_dtype(self.dtype, self.device)
-        # Triton reads what it computes in (on a GPU the two are one), a CPU's torch path widens.
-        plain = activations if attention == "triton" else self.dtype
-        self.kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, plain, attention)
-        backend = make_backend(attention, self.device, longest)
-        model = _load(files, model_config, self.device, self.dtype, longest, backend)
-        spec = KVCacheSpec.from_model(model_config, dtype=self.kv_cache_dtype, block_size=config.block_size)
+    def __init__(
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        model_config: ModelConfig,
+        settings: ExecutionSettings | None = None,
+        kernels: "ServingKernels | None" = None,
+    ) -> None:
+        settings = settings or resolve_settings(config, model_config, resolve_device(config.device))
+        self.device, self.dtype, self.kv_cache_dtype = (
+            settings.device,
+            settings.dtype,
+            settings.kv_cache_dtype,
+        )
+        self._kernels = kernels
+        with self._kernels_in_use():
+            backend = make_backend(settings.attention, self.device, settings.max_model_len)
+            with contextlib.nullcontext() if kernels is None else kernels.loading(self.device):
+                model = _load(files, model_config, settings, backend)
+            spec = KVCacheSpec.from_model(
+                model_config, dtype=settings.kv_cache_dtype, block_size=config.block_size
+            )
+            size = self._size_cache(config, model, spec, settings)
+        self.num_blocks = size.num_blocks
+        self.max_model_len = size.max_model_len
+        self._runner: ModelRunner | None = ModelRunner(
+            model,
+            allocate_kv_caches(spec, size.num_blocks, self.device),
+            block_size=spec.block_size,
+            device=self.device,
+            sampler=make_sampler(self.device, triton=settings.uses_triton),
+        )
 
+    def _size_cache(
+        self, config: EngineConfig, model: CausalLM, spec: KVCacheSpec, settings: ExecutionSettings
+    ) -> KVCacheSize:
         def free_bytes() -> int:
             if self.device.type == "cpu":
                 return cpu_kv_bytes()
-            return gpu_kv_bytes(model, spec, config, longest, self.device)
+            return gpu_kv_bytes(model, spec, config, settings.max_model_len, self.device)
 
-        size = size_kv_cache(config, model_config, spec, free_bytes)
-        self.num_blocks = size.num_blocks
-        self.max_model_len = size.max_model_len
-        kv_caches = allocate_kv_caches(spec, size.num_blocks, self.device)
+        size = size_kv_cache(config, model.config, spec, free_bytes)
         logger.info(
             "KV cache: %d blocks of %d tokens, %.2f GiB; max_model_len %d",
             size.num_blocks,
@@ -81,20 +100,22 @@ class LocalExecutor:
             size.num_blocks * spec.bytes_per_block / _GIB,
             size.max_model_len,
         )
-        uses_triton = self.device.type != "cpu" or attention == "triton"
-        self._runner: ModelRunner | None = ModelRunner(
-            model,
-            kv_caches,
-            block_size=spec.block_size,
-            device=self.device,
-            sampler=make_sampler(self.device, triton=uses_triton),
-        )
+        return size
+
+    @property
+    def kernel_counters(self) -> "KernelCounters | None":
+        """What the kernel cache and the compiler had to do; None where no kernels are compiled."""
+        return None if self._kernels is None else self._kernels.library.counters
+
+    def _kernels_in_use(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._kernels is None else self._kernels.in_use()
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step. EngineDeadError after shutdown."""
         if self._runner is None:
             raise EngineDeadError("the engine has been shut down; make a new one")
-        return self._runner.execute(output)
+        with self._kernels_in_use():
+            return self._runner.execute(output)
 
     def shutdown(self) -> None:
         """Free the weights and the KV cache."""
@@ -106,22 +127,17 @@ class LocalExecutor:
             torch.cuda.empty_cache()
 
 
-def _load(
-    files: ModelFiles,
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-    backend: Backend,
-) -> CausalLM:
+def _load(files: ModelFiles, config: ModelConfig, settings: ExecutionSettings, backend: Backend) -> CausalLM:
     start = time.monotonic()
     model = build_model(config)
+    device, dtype = settings.device, settings.dtype
     if files.format == "dummy":
         fill_with_random_weights(model, device=device, dtype=dtype)
     else:
         with open_weights(files) as source:
             load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
-    computed = _prepare(model, device, dtype, max_model_len, backend)
+    _prepare(model, settings, backend)
+    computed = settings.activations
     logger.info(
         "loaded %s (%s) in %s%s on %s in %.1f s",
         files.reference,
@@ -134,11 +150,9 @@ def _load(
     return model
 
 
-def _prepare(
-    model: CausalLM, device: torch.device, dtype: torch.dtype, max_model_len: int, backend: Backend
-) -> torch.dtype:
-    """Lay the loaded weights out for the device, within its memory. Returns the type of activations."""
-    activations = resolve_activation_dtype(dtype, device)
+def _prepare(model: CausalLM, settings: ExecutionSettings, backend: Backend) -> None:
+    """Lay the loaded weights out for the device, within its memory."""
+    device, activations = settings.device, settings.activations
     twice = True
     if device.type == "cpu":
         needed, available = model.second_form_bytes(activations), available_memory()
@@ -150,5 +164,4 @@ def _prepare(
                 needed / _GIB,
                 available / _GIB,
             )
-    model.prepare(device, activations, max_model_len, twice=twice, backend=backend)
-    return activations
+    model.prepare(device, activations, settings.max_model_len, twice=twice, backend=backend)

@@ -32,8 +32,9 @@ def resolve_model(
     """Find, and from the hub download, the files of the model that `reference` names.
 
     A reference is a directory in the Hugging Face layout (or with GGUF files in it), the path of a .gguf
-    file, or a repository on the hub, `owner/name`, where `owner/name:Q4_K_M` picks one of its GGUF files.
-    What exists here goes before the hub. `revision`, `token` and `download_dir` matter to the hub only.
+    file, or a repository on the hub, `owner/name`, where `owner/name:Q4_K_M` picks one of its GGUF files;
+    for load_format="dummy" also a config.json alone. What exists here goes before the hub. `revision`,
+    `token` and `download_dir` matter to the hub only.
     load_format: which files count as weights; for "dummy" they need not be there and are not downloaded.
 
     Raises ModelLoadError when the model cannot be found, had or understood.
@@ -46,16 +47,7 @@ def resolve_model(
     if is_dir:
         return _from_directory(reference, path, load_format)
     if is_file:
-        if path.suffix != ".gguf":
-            raise ModelLoadError(
-                f"{reference} is a file but not a .gguf; give the directory that it lies in, with its "
-                "config.json"
-            )
-        if load_format not in ("auto", "gguf", "dummy"):
-            raise ModelLoadError(
-                f"{reference} is a GGUF, which load_format={load_format!r} rules out; leave load_format out"
-            )
-        return _from_gguf(reference, path, load_format)
+        return _from_file(reference, path, load_format)
     if _looks_like_path(reference):
         raise ModelLoadError(
             f"{reference} does not exist (looked in {Path.cwd()}); check the path, or give a Hugging Face id "
@@ -70,6 +62,20 @@ def resolve_model(
     repository = HubRepository(match["name"], revision=revision, token=token, download_dir=download_dir)
     folder, choice = repository.fetch(match["quant"], load_format)
     return _assemble(reference, folder, choice, load_format)
+
+
+def _from_file(reference: str, path: Path, load_format: LoadFormat) -> ModelFiles:
+    if path.suffix == ".json" and load_format == "dummy":
+        return ModelFiles(reference, "dummy", (), _read_json(path), str(path))
+    if path.suffix != ".gguf":
+        raise ModelLoadError(
+            f"{reference} is a file but not a .gguf; give the directory that it lies in, with its config.json"
+        )
+    if load_format not in ("auto", "gguf", "dummy"):
+        raise ModelLoadError(
+            f"{reference} is a GGUF, which load_format={load_format!r} rules out; leave load_format out"
+        )
+    return _from_gguf(reference, path, load_format)
 
 
 def _looks_like_path(reference: str) -> bool:

@@ -50,6 +50,25 @@ class TritonSampler:
     def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """See Sampler.sample."""
         wanted = [row for row, n in enumerate(metadata.num_logprobs) if n is not None]
+        counts = [n for n in metadata.num_logprobs if n is not None]
+        tokens, packed = self.launch(logits, metadata)
+        chosen: list[int] = tokens.tolist()
+        entries: list[TokenLogprobs] = []
+        if packed is not None:
+            entries = _entries(packed, [max(chosen[row], 0) for row in wanted], counts)
+        elif wanted:
+            entries = token_logprobs(logits[wanted].float(), tokens[wanted].clamp(min=0), counts)
+        return sampler_output(chosen, wanted, entries)
+
+    def launch(
+        self, logits: torch.Tensor, metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What runs on the device: the tokens (S) int64, negative ones codes of errors, and the packed
+        log-probabilities of the rows that ask, None if none does or they ask for too many.
+
+        The logits are left as they were where log-probabilities are asked for.
+        """
+        wanted = [row for row, n in enumerate(metadata.num_logprobs) if n is not None]
         inputs = self._upload(metadata, wanted, *logits.shape)
         raw = logits
         if metadata.adjusts_logits:
@@ -57,22 +76,20 @@ class TritonSampler:
             logits = logits.clone() if wanted and logits.dtype == torch.float32 else logits.float()
         tokens = self._choose(logits, inputs)
         counts = [n for n in metadata.num_logprobs if n is not None]
-        rows = inputs.tensors.get("wanted")
-        packed = self._packed_logprobs(raw, tokens, counts, rows)
-        chosen: list[int] = tokens.tolist()
-        entries: list[TokenLogprobs] = []
-        if packed is not None:
-            entries = _entries(packed, [max(chosen[row], 0) for row in wanted], counts)
-        elif wanted:
-            entries = token_logprobs(raw[wanted].float(), tokens[wanted].clamp(min=0), counts)
-        return sampler_output(chosen, wanted, entries)
+        return tokens, self._packed_logprobs(raw, tokens, counts, inputs.tensors.get("wanted"))
+
+    def launch_logprobs(
+        self, logits: torch.Tensor, tokens: torch.Tensor, num_logprobs: Sequence[int]
+    ) -> torch.Tensor | None:
+        """The packed log-probabilities of every row of logits (P, V) beside tokens (P) int64."""
+        return self._packed_logprobs(logits, tokens, num_logprobs, None)
 
     def token_logprobs(
         self, logits: torch.Tensor, token_ids: Sequence[int], num_logprobs: Sequence[int]
     ) -> list[TokenLogprobs]:
         """See Sampler.token_logprobs."""
         tokens = _upload_arrays({"tokens": np.array(token_ids, dtype=np.int64)}, self._device)["tokens"]
-        packed = self._packed_logprobs(logits, tokens, num_logprobs, None)
+        packed = self.launch_logprobs(logits, tokens, num_logprobs)
         if packed is None:
             return token_logprobs(logits.float(), tokens, num_logprobs)
         return _entries(packed, token_ids, num_logprobs)

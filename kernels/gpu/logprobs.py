@@ -32,8 +32,10 @@ from halimede.kernels.launch import launch, target_of
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
 from halimede.kernels.tuning import pick_config
 
-LARGEST_COUNT = 128
 _SMALL_COUNT = 32
+LARGEST_COUNT = 128
+LIMITS = (_SMALL_COUNT, LARGEST_COUNT)
+"""Of how many tokens there is a kernel; one for 0 besides."""
 
 
 @triton.jit

@@ -7,6 +7,7 @@
         UnsupportedQuantizationError    the checkpoint's quantization is not implemented
       KernelError                       a kernel cannot be built, or does not take what it was given
         KernelCacheError                a kernel is missing from, or does not fit, the kernel cache
+          CorruptKernelError            a file of the kernel cache is altered, truncated or missing
       BatchError                        a batch's input or results file cannot be used
       RequestError                      one request cannot be served; the others go on
       EngineDeadError                   the engine failed and serves nothing any more
@@ -45,6 +46,21 @@ class KernelError(HalimedeError):
 
 class KernelCacheError(KernelError):
     """A kernel is missing from the kernel cache, or the cache was built for something else."""
+
+
+class CorruptKernelError(KernelCacheError):
+    """A file of the kernel cache is altered, truncated or missing. path: the file. fact: what is wrong."""
+
+    def __init__(self, path: str, fact: str) -> None:
+        super().__init__(path, fact)  # both, so that it can be pickled
+        self.path = path
+        self.fact = fact
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} {self.fact}; build the kernel again with `halimede warmup`, or remove what is "
+            "broken with `halimede kernels prune`"
+        )
 
 
 class BatchError(HalimedeError):

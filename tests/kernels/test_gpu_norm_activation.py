@@ -10,7 +10,8 @@ from halimede.kernels.gpu.norm import add_rms_norm, rms_norm
 from halimede.kernels.gpu.norm_quant import add_rms_norm_quant, rms_norm_quant
 from halimede.kernels.gpu.quantize import LARGEST_TOKEN, per_token_quant
 from halimede.kernels.gpu.rows import aligned_strides
-from halimede.kernels.launch import collecting
+from halimede.kernels.interpret import interpret
+from halimede.kernels.launch import Launch, intercepting
 from halimede.kernels.spec import Tensors
 from halimede.kernels.target import TARGETS
 
@@ -50,7 +51,11 @@ def test_float8_codes_are_those_of_torch(target: str) -> None:
     beyond = torch.tensor([448.0, 460.0, 1e30])
     x = torch.cat([codes, between, between * (1 + 2**-20), between * (1 - 2**-20), beyond])
     x = torch.stack([x, -x])
-    with collecting(TARGETS[target]):
+
+    def run(launch: Launch) -> None:
+        interpret(launch.kernel, launch.grid, launch.args, launch.constants)
+
+    with intercepting(TARGETS[target], run):
         actual, _ = per_token_quant(x, FP8, scale=torch.ones(1))
     assert torch.equal(actual.view(torch.uint8), x.clamp(-448, 448).to(FP8).view(torch.uint8))
 

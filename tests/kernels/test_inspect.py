@@ -14,12 +14,13 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels import inspect
-from halimede.kernels.compile import compile_case, plan_case
+from halimede.kernels.compile import Build, compile_case, plan_case
 from halimede.kernels.gate import measure
 from halimede.kernels.inspect import inspect_build, sass
-from halimede.kernels.kernel_source import _tokens, kernel_source
-from halimede.kernels.launch import Build, launch
+from halimede.kernels.kernel_source import kernel_source
+from halimede.kernels.launch import launch
 from halimede.kernels.machine_code_cubin import read_cubin
+from halimede.kernels.source_tokens import source_tokens
 from halimede.kernels.spec import Case, KernelSpec, Tensors, all_kernels
 from halimede.kernels.target import TARGETS
 from halimede.kernels.tuning import KernelConfig
@@ -165,10 +166,10 @@ def test_a_digest_follows_what_is_compiled() -> None:
 def test_a_source_is_read_without_its_layout() -> None:
     plain = "def f(x):\n    return x + 1\n"
     same = 'def f(x):\n    """What."""\n\n    # Why.\n    return x + 1  # so\n'
-    assert _tokens(plain) == _tokens(same)
-    assert _tokens(plain) != _tokens(plain.replace("1", "2"))
-    assert _tokens('def f(x):\n    return g("a")\n') != _tokens('def f(x):\n    return g("b")\n')
-    assert _tokens("def f(x):\n    if x:\n        a()\n    b()\n") != _tokens(
+    assert source_tokens(plain) == source_tokens(same)
+    assert source_tokens(plain) != source_tokens(plain.replace("1", "2"))
+    assert source_tokens('def f(x):\n    return g("a")\n') != source_tokens('def f(x):\n    return g("b")\n')
+    assert source_tokens("def f(x):\n    if x:\n        a()\n    b()\n") != source_tokens(
         "def f(x):\n    if x:\n        a()\n        b()\n"
     )
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels.compile import compile_case
-from halimede.kernels.launch import INTERPRETED_TARGET, collecting, launch, target_of
+from halimede.kernels.launch import INTERPRETED_TARGET, intercepting, launch, target_of
 from halimede.kernels.spec import Case, KernelSpec, Tensors, all_kernels
 from halimede.kernels.target import TARGETS, find_target, nearest_target, num_processors
 from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config, read_table, tuned_table
@@ -77,8 +77,17 @@ def test_every_name_finds_its_target() -> None:
         assert target.name == name
         assert target.for_triton().arch == target.arch
         assert nearest_target(target.backend, target.arch) is target
-    with pytest.raises(KernelError, match="'sm_75' is unknown; use one of: sm_80,"):
+    with pytest.raises(KernelError, match="no kernels for cuda GPUs of type 75; they exist for: sm_80,"):
         find_target("sm_75")
+    with pytest.raises(KernelError, match="'h100' is unknown; use one of: sm_80,"):
+        find_target("h100")
+
+
+def test_a_relative_gets_code_of_its_own() -> None:
+    ultra, phoenix = find_target("sm_103"), find_target("gfx1103")
+    assert (ultra.name, ultra.machine, ultra.arch) == ("sm_100", "sm_103", 100)
+    assert (ultra.for_triton().arch, phoenix.for_triton().arch) == (103, "gfx1103")
+    assert phoenix.name == "gfx1100"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,7 @@ def test_on_cpu_tensors_a_kernel_is_interpreted() -> None:
 
 
 def test_meta_tensors_need_a_compiler_around() -> None:
-    with pytest.raises(KernelError, match="meta tensors outside of"):
+    with pytest.raises(KernelError, match="tensors on meta, where no kernel runs"):
         scale(torch.empty(16, device=META), 2.0)
 
 
@@ -230,8 +239,9 @@ def test_a_launchers_own_error_is_passed_on() -> None:
         compile_case(spec, spec.signatures[0], TARGETS["sm_90"])
 
 
-def test_collecting_ends_with_an_error() -> None:
-    with pytest.raises(ValueError, match="stop"), collecting(TARGETS["sm_90"]):
+def test_intercepting_ends_with_an_error() -> None:
+    with pytest.raises(ValueError, match="stop"), intercepting(TARGETS["sm_80"], lambda launch: None):
+        assert target_of(torch.empty(0)) is TARGETS["sm_80"]
         raise ValueError("stop")
     assert target_of(torch.empty(0, device=META)) is INTERPRETED_TARGET
 

@@ -1,0 +1,159 @@
+"""`halimede warmup MODEL --target sm_90`: builds every kernel that serving the model needs; no GPU needed."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halimede.engine.cli.completion import complete_model
+from halimede.engine.cli.kernel_targets import targets_named
+from halimede.engine.cli.machine import format_bytes
+from halimede.engine.cli.terminal import notice
+from halimede.engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from halimede.engine.warmup.pool import Outcome, Summary
+    from halimede.kernels.specialise import Specialisation
+    from halimede.kernels.target import Target
+
+_LISTED = 20
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        help="As for serving, or only its config.json: weights are not needed.",
+        autocompletion=complete_model,
+    ),
+]
+_Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        "-t",
+        help="GPUs to build for: sm_90,gfx942; auto: those of this machine; all.",
+    ),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder of the cache; default: --kernel-cache-dir's."),
+]
+_Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; default: one per core.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def warmup(
+    model: _Model,
+    target: _Target = "auto",
+    output: _Output = None,
+    jobs: _Jobs = None,
+    as_json: _Json = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Compile every kernel that serving MODEL with these settings can need.
+
+    Needs no GPU, no CUDA or ROCm toolkit and no C compiler. What the cache has already is not compiled
+    again, so a run that was stopped goes on where it was. Serve from the cache with --jit forbid.
+    """
+    config = EngineConfig(model=model, **{"load_format": "dummy", **engine})
+    if output is not None:
+        config = replace(config, kernel_cache_dir=str(output))
+    targets = targets_named(target)
+    from halimede.engine.warmup.pool import build_all, default_jobs
+    from halimede.engine.warmup.serving import kernel_cache_folder
+    from halimede.kernels.store import KernelStore
+
+    wanted = _specialisations(config, targets)
+    folder = kernel_cache_folder(config)
+    with _Progress() as progress:
+        summary = build_all(
+            wanted,
+            KernelStore(folder),
+            jobs=jobs or default_jobs(),
+            on_start=progress.start,
+            on_done=progress.advance,
+        )
+    if as_json:
+        print(json.dumps(_record(summary, folder, targets), indent=2))
+    else:
+        _print(summary, folder, targets)
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def _specialisations(config: EngineConfig, targets: "list[Target]") -> "list[Specialisation]":
+    import torch
+
+    from halimede.engine.build import open_model
+    from halimede.engine.executor.settings import resolve_settings
+    from halimede.engine.warmup.specialisations import serving_specialisations
+
+    _, model_config = open_model(config)
+    settings = resolve_settings(config, model_config, torch.device("meta"))
+    return [
+        one for target in targets for one in serving_specialisations(config, model_config, settings, target)
+    ]
+
+
+class _Progress:
+    """A bar on a terminal, with the time that is left; elsewhere nothing."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def start(self, missing: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=missing,
+            desc="Compiling kernels",
+            unit="kernel",
+            dynamic_ncols=True,
+            disable=not (missing and sys.stderr.isatty()),
+        )
+
+    def advance(self, outcome: "Outcome") -> None:
+        function = outcome.specialisation.name.partition(":")[2]
+        short = function.removeprefix("_").removesuffix("_kernel")
+        self._bar.set_postfix_str(f"{short} {outcome.specialisation.target.machine}", refresh=False)
+        self._bar.update(1)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _record(summary: "Summary", folder: Path, targets: "list[Target]") -> dict[str, Any]:
+    return {
+        "folder": str(folder),
+        "targets": [target.machine for target in targets],
+        "compiled": summary.compiled,
+        "cached": summary.cached,
+        "failed": [
+            {"kernel": one.name, "target": one.target.machine, "key": one.key, "error": error}
+            for one, error in summary.failed
+        ],
+        "seconds": round(summary.seconds, 3),
+        "bytes": summary.bytes,
+    }
+
+
+def _print(summary: "Summary", folder: Path, targets: "list[Target]") -> None:
+    from halimede.kernels.library import describe
+
+    for one, error in summary.failed[:_LISTED]:
+        notice(f"failed: {describe(one)}: {error}", style="red")
+    if len(summary.failed) > _LISTED:
+        notice(f"... and {len(summary.failed) - _LISTED} more; --json lists all", style="red")
+    names = ", ".join(target.machine for target in targets)
+    print(
+        f"{summary.compiled} compiled, {summary.cached} cached, {len(summary.failed)} failed in "
+        f"{summary.seconds:.1f} s; {format_bytes(summary.bytes)} for {names} in {folder}"
+    )

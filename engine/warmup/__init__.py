@@ -1,0 +1,1 @@
+"""Which kernels serving a model needs, and how they are built before anybody waits for them."""

@@ -1,0 +1,135 @@
+"""The kernels that are loaded on one GPU, and how they are launched there.
+
+The first launch of a kind finds out what it is specialised for and loads it; later ones find a plan by the
+types of their arguments and start it, without Triton: no driver of its own, no C compiler, no hashing.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from halimede.kernels.gpu_driver import GpuDriver, driver_for
+from halimede.kernels.launch_plan import Grid, LaunchPlan, Values, launch_on
+from halimede.kernels.launch_plan import Launch as StartPlan
+from halimede.kernels.library import KernelLibrary
+from halimede.kernels.specialise import Specialisation, specialise
+from halimede.kernels.store import KernelEntry
+from halimede.kernels.target import Target, target_of_device
+from halimede.kernels.tuning import KernelConfig
+
+_ALIGNMENT = 16
+# Triton for AMD makes other code for a tensor whose storage is larger: offsets no longer fit 32 bits.
+_SHORT_STORAGE = (1 << 31) - 1
+_INT32 = 1 << 31
+
+
+class DeviceKernels:
+    """Of one library on one device.
+
+    index: the device's number. start: starts a plan's launch on the device's current stream.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        target: Target,
+        driver: GpuDriver,
+        *,
+        index: int,
+        start: Callable[[int, StartPlan, Grid, Values], None] = launch_on,
+    ) -> None:
+        self._library = library
+        self._target = target
+        self._driver = driver
+        self._index = index
+        self._start = start
+        self._plans: dict[tuple[Any, ...], LaunchPlan] = {}
+        self._loaded: dict[str, LaunchPlan] = {}
+        self._lock = threading.Lock()
+        self._sizes_matter = target.backend == "hip"
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: tuple[Any, ...],
+        config: KernelConfig,
+        constants: Mapping[str, Any],
+    ) -> None:
+        """Start a kernel on the device's current stream; see launch.launch. KernelError if that fails."""
+        values: list[Any] = []
+        kinds: list[Any] = [kernel, config.num_warps, config.num_stages]
+        bits = 0
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                pointer = arg.data_ptr()
+                bits |= pointer
+                values.append(pointer)
+                kinds.append(arg.dtype)
+            elif arg is None:
+                kinds.append(None)
+            else:
+                values.append(arg)
+                kinds.append(-_INT32 <= arg < _INT32 if type(arg) is int else type(arg))
+        if bits % _ALIGNMENT:
+            kinds += [arg.data_ptr() % _ALIGNMENT == 0 for arg in args if isinstance(arg, torch.Tensor)]
+        if self._sizes_matter:
+            kinds += [_is_short(arg) for arg in args if isinstance(arg, torch.Tensor)]
+        if config.options:
+            kinds += config.options.items()
+        key = (*kinds, *constants.items())
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._resolve(specialise(kernel, args, constants, config, self._target), len(values))
+            self._plans[key] = plan
+        self._start(self._index, plan.launch, grid, values)
+
+    def preload(self, specialisations: Iterable[Specialisation]) -> list[Specialisation]:
+        """Load those that the cache has; returns the others. Compiles nothing."""
+        missing = []
+        for specialisation in specialisations:
+            found = self._library.find_cached(specialisation)
+            if found is None:
+                missing.append(specialisation)
+            else:
+                self._load(specialisation, *found)
+        return missing
+
+    def _resolve(self, specialisation: Specialisation, num_values: int) -> LaunchPlan:
+        assert len(specialisation.types) == num_values, (
+            f"{specialisation.name} has a number that Triton specialises on: use do_not_specialize"
+        )
+        with self._lock:
+            loaded = self._loaded.get(specialisation.key)
+        return loaded or self._load(specialisation, *self._library.find(specialisation))
+
+    def _load(self, specialisation: Specialisation, entry: KernelEntry, binary: bytes) -> LaunchPlan:
+        function = self._driver.load(binary, entry.entry_point, entry.shared_memory, self._index)
+        plan = LaunchPlan(
+            self._driver,
+            function,
+            types=specialisation.types,
+            threads=entry.threads,
+            shared_memory=entry.shared_memory,
+            name=entry.entry_point,
+        )
+        with self._lock:
+            return self._loaded.setdefault(specialisation.key, plan)
+
+
+def device_kernels(library: KernelLibrary, device: torch.device) -> DeviceKernels:
+    """The library's kernels on a GPU that is there, made at the first call."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found = library.devices.get(index)
+    if found is None:
+        target = target_of_device(torch.device("cuda", index))
+        made = DeviceKernels(library, target, driver_for(target.backend), index=index)
+        found = library.devices.setdefault(index, made)
+    assert isinstance(found, DeviceKernels)
+    return found
+
+
+def _is_short(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() <= _SHORT_STORAGE
