@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 from halimede.errors import KernelError
-from halimede.kernels.compile import compile_specialisation
+from halimede.kernels.compiler import compile_specialisation
 from halimede.kernels.inspect import amd_resource
 from halimede.kernels.machine_code_cubin import read_cubin
 from halimede.kernels.specialise import TRITON_VERSION, Specialisation, json_scalar, source_digest
@@ -55,11 +55,15 @@ def _resources(assembly: Any, *, is_cuda: bool) -> tuple[int, int]:
 
 def _check_launchable(specialisation: Specialisation, metadata: Any) -> None:
     """Our launches are plain ones: what needs memory or attributes of Triton's launcher is not for them."""
+
+    def has(name: str) -> Any:  # not every backend of every version has all of them
+        return getattr(metadata, name, 0)
+
     asked = {
-        "scratch memory": metadata.global_scratch_size or metadata.profile_scratch_size,
+        "scratch memory": has("global_scratch_size") or has("profile_scratch_size"),
         "clusters": metadata.num_ctas > 1,
-        "a cooperative launch": metadata.launch_cooperative_grid,
-        "a dependent launch": getattr(metadata, "launch_pdl", False),
+        "a cooperative launch": has("launch_cooperative_grid"),
+        "a dependent launch": has("launch_pdl"),
     }
     for what, wanted in asked.items():
         if wanted:

@@ -5,8 +5,8 @@ types of their arguments and start it, without Triton: no driver of its own, no 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,10 @@ from halimede.kernels.store import KernelEntry
 from halimede.kernels.target import Target, target_of_device
 from halimede.kernels.tuning import KernelConfig
 
-_ALIGNMENT = 16
+if TYPE_CHECKING:
+    from halimede.kernels.launch import Variant
+
+_UNALIGNED = 15  # bits of an address that is no multiple of 16
 # Triton for AMD makes other code for a tensor whose storage is larger: offsets no longer fit 32 bits.
 _SHORT_STORAGE = (1 << 31) - 1
 _INT32 = 1 << 31
@@ -45,7 +48,7 @@ class DeviceKernels:
         self._driver = driver
         self._index = index
         self._start = start
-        self._plans: dict[tuple[Any, ...], LaunchPlan] = {}
+        self._plans: dict[Hashable, StartPlan] = {}
         self._loaded: dict[str, LaunchPlan] = {}
         self._lock = threading.Lock()
         self._sizes_matter = target.backend == "hip"
@@ -59,32 +62,48 @@ class DeviceKernels:
         constants: Mapping[str, Any],
     ) -> None:
         """Start a kernel on the device's current stream; see launch.launch. KernelError if that fails."""
+        key = (
+            id(kernel),  # its own hash is slow; kernels are never freed
+            config.num_warps,
+            config.num_stages,
+            *config.options.items(),
+            *constants.values(),
+            *[arg.dtype if isinstance(arg, torch.Tensor) else _kind(arg) for arg in args],
+        )
+        self._start_known(key, kernel, grid, args, config, constants)
+
+    def start(self, variant: "Variant", grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """Start a variant; see Variant.start."""
+        self._start_known(variant, variant.kernel, grid, args, variant.config, variant.constants)
+
+    def _start_known(
+        self,
+        key: Hashable,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: tuple[Any, ...],
+        config: KernelConfig,
+        constants: Mapping[str, Any],
+    ) -> None:
+        """key: of all that tells one specialisation from another, but for addresses and sizes in memory."""
         values: list[Any] = []
-        kinds: list[Any] = [kernel, config.num_warps, config.num_stages]
         bits = 0
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                pointer = arg.data_ptr()
-                bits |= pointer
-                values.append(pointer)
-                kinds.append(arg.dtype)
-            elif arg is None:
-                kinds.append(None)
-            else:
+                address = arg.data_ptr()
+                bits |= address
+                values.append(address)
+            elif arg is not None:
                 values.append(arg)
-                kinds.append(-_INT32 <= arg < _INT32 if type(arg) is int else type(arg))
-        if bits % _ALIGNMENT:
-            kinds += [arg.data_ptr() % _ALIGNMENT == 0 for arg in args if isinstance(arg, torch.Tensor)]
-        if self._sizes_matter:
-            kinds += [_is_short(arg) for arg in args if isinstance(arg, torch.Tensor)]
-        if config.options:
-            kinds += config.options.items()
-        key = (*kinds, *constants.items())
-        plan = self._plans.get(key)
-        if plan is None:
+        if bits & _UNALIGNED or self._sizes_matter:
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            aligned = [arg.data_ptr() & _UNALIGNED == 0 for arg in tensors]
+            key = (key, *aligned, *([_is_short(arg) for arg in tensors] if self._sizes_matter else ()))
+        start = self._plans.get(key)
+        if start is None:
             plan = self._resolve(specialise(kernel, args, constants, config, self._target), len(values))
-            self._plans[key] = plan
-        self._start(self._index, plan.launch, grid, values)
+            start = self._plans[key] = plan.launch
+        self._start(self._index, start, grid, values)
 
     def preload(self, specialisations: Iterable[Specialisation]) -> list[Specialisation]:
         """Load those that the cache has; returns the others. Compiles nothing."""
@@ -129,6 +148,11 @@ def device_kernels(library: KernelLibrary, device: torch.device) -> DeviceKernel
         found = library.devices.setdefault(index, made)
     assert isinstance(found, DeviceKernels)
     return found
+
+
+def _kind(arg: Any) -> Any:
+    """What of a number or None changes its type at a launch."""
+    return -_INT32 <= arg < _INT32 if type(arg) is int else type(arg)
 
 
 def _is_short(tensor: torch.Tensor) -> bool:

@@ -16,7 +16,8 @@ from pathlib import Path
 import triton
 
 from halimede.errors import KernelError
-from halimede.kernels.compile import Build, compile_case, plan_case
+from halimede.kernels.compile import compile_case, plan_case
+from halimede.kernels.compiler import Build
 from halimede.kernels.inspect import amd_instructions, amd_resource
 from halimede.kernels.machine_code_cubin import read_cubin
 from halimede.kernels.spec import Case, KernelSpec

@@ -16,7 +16,7 @@ from typing import Any
 import triton
 
 from halimede.errors import KernelError
-from halimede.kernels.compile import Build
+from halimede.kernels.compiler import Build
 from halimede.kernels.machine_code_cubin import read_cubin
 
 # Instructions by what they do; an instruction counts in every line that it matches.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from halimede.errors import KernelError
+from halimede.kernels.device_kernels import DeviceKernels, device_kernels
+from halimede.kernels.library import current_library
 from halimede.kernels.specialise import Specialisation, specialise
 from halimede.kernels.target import TARGETS, Target, target_of_device
 from halimede.kernels.tuning import KernelConfig
@@ -66,28 +68,67 @@ def target_of(tensor: torch.Tensor) -> Target:
     return target_of_device(tensor.device) if tensor.device.type == "cuda" else INTERPRETED_TARGET
 
 
+class Variant:
+    """A kernel with its config and all its constexprs, for arguments of the same types at every launch.
+
+    Launchers that run in every layer make one for what they have checked (dtypes, sizes, strides) and keep
+    it: `start` then finds the loaded kernel by the variant itself, and looks at nothing of the arguments but
+    their addresses.
+    """
+
+    __slots__ = ("config", "constants", "kernel")
+
+    def __init__(self, kernel: Any, config: KernelConfig, **constants: Any) -> None:
+        self.kernel = kernel
+        self.config = config
+        self.constants: Mapping[str, Any] = {**constants, **config.blocks}
+
+    def start(self, grid: tuple[int, ...], *args: Any) -> None:
+        """As `launch`. args: of the same types as ever, None where they were None, numbers within 32 bits."""
+        interception = _interception.get()
+        if interception is None and args[0].is_cuda:
+            kernels = _device_kernels(args[0].device)
+            kernels.start(self, grid, args)
+        else:
+            _launch(interception, self.kernel, grid, args, self.config, self.constants)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig, **constants: Any) -> None:
     """Start `kernel` (a @triton.jit function) over `grid`, one to three sizes.
 
-    args: in the kernel's order, up to its first constexpr; the first tensor says the device. constants: its
-    constexprs but for those that `config.blocks` holds. A grid with a size of 0 starts nothing.
+    args: in the kernel's order, up to its first constexpr; the first is a tensor and says the device.
+    constants: its constexprs but for those that `config.blocks` holds, always in the same order. A grid with
+    a size of 0 starts nothing.
     """
-    constants = {**constants, **config.blocks}
-    interception = _interception.get()
+    constants |= config.blocks
+    _launch(_interception.get(), kernel, grid, args, config, constants)
+
+
+def _launch(
+    interception: _Interception | None,
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    config: KernelConfig,
+    constants: Mapping[str, Any],
+) -> None:
     if interception is not None:
         interception.interceptor(Launch(kernel, grid, args, config, constants))
         return
     if 0 in grid:
         return
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    device = args[0].device
     if device.type == "cuda":
-        from halimede.kernels.device_kernels import device_kernels
-        from halimede.kernels.library import current_library
-
-        device_kernels(current_library(), device).launch(kernel, grid, args, config, constants)
+        _device_kernels(device).launch(kernel, grid, args, config, constants)
         return
     if device.type != "cpu":
         raise KernelError(f"{kernel.__name__} was given tensors on {device}, where no kernel runs")
     from halimede.kernels.interpret import interpret
 
-    interpret(kernel, grid, args, constants)
+    interpret(kernel, grid, args, dict(constants))
+
+
+def _device_kernels(device: torch.device) -> DeviceKernels:
+    library = current_library()
+    found = library.devices.get(device.index)
+    return device_kernels(library, device) if found is None else found

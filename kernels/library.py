@@ -52,10 +52,8 @@ class KernelLibrary:
 
     def find(self, specialisation: Specialisation) -> tuple[KernelEntry, bytes]:
         """Its manifest and binary. KernelError if it cannot be compiled, KernelCacheError if it may not."""
-        found = self._read(specialisation)
+        found = self.find_cached(specialisation)
         if found is not None:
-            with self._lock:
-                self.counters.kernel_cache_hits_total += 1
             return found
         if self._jit == "forbid":
             raise KernelCacheError(
@@ -65,14 +63,13 @@ class KernelLibrary:
         return self._compile(specialisation)
 
     def find_cached(self, specialisation: Specialisation) -> tuple[KernelEntry, bytes] | None:
-        """What `find` gives if the cache has it, intact; compiles nothing and raises nothing."""
-        with contextlib.suppress(KernelCacheError):
-            found = self._read(specialisation)
-            if found is not None:
-                with self._lock:
-                    self.counters.kernel_cache_hits_total += 1
-            return found
-        return None
+        """What `find` gives if the cache has it; compiles nothing. None also for one that is damaged, but
+        with jit="forbid" a KernelCacheError."""
+        found = self._read(specialisation)
+        if found is not None:
+            with self._lock:
+                self.counters.kernel_cache_hits_total += 1
+        return found
 
     def missing(self, specialisations: Iterable[Specialisation]) -> list[Specialisation]:
         """Those that the cache does not have; only names are looked at."""
@@ -94,8 +91,8 @@ class KernelLibrary:
         if missing:
             listed = "".join(f"\n  {describe(one)}" for one in missing)
             raise KernelCacheError(
-                f"jit='forbid', and {len(missing)} kernels are not in the kernel cache {self.store.folder}; "
-                f"{self.remedy} builds them. They are:{listed}"
+                f"jit='forbid', and the kernel cache {self.store.folder} lacks {len(missing)} of the "
+                f"kernels that may be needed; {self.remedy} builds them. They are:{listed}"
             )
 
     def _read(self, specialisation: Specialisation) -> tuple[KernelEntry, bytes] | None:

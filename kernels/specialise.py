@@ -19,6 +19,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from halimede.errors import KernelError
 from halimede.kernels.kernel_source import kernel_source
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig
@@ -98,7 +99,14 @@ def specialise(
     config: KernelConfig,
     target: Target,
 ) -> Specialisation:
-    """What a launch with these arguments is compiled for. constants: all of the kernel's constexprs."""
+    """What a launch with these arguments is compiled for. constants: all of the kernel's constexprs.
+
+    KernelError under TRITON_INTERPRET, which makes no kernels but interpreted ones.
+    """
+    if not isinstance(kernel, JITFunction):
+        raise KernelError(
+            f"Triton interprets {kernel.__name__} and cannot compile it: TRITON_INTERPRET is set; unset it"
+        )
     binder = _binder(kernel, target)
     values, kinds, unknown = binder(*args, **constants)
     if unknown:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Backend = Literal["cuda", "hip"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # by identity: it is a key at every launch
 class Target:
     """One GPU architecture.
 
@@ -122,6 +122,7 @@ def nearest_target(backend: str, arch: int | str) -> Target:
     raise KernelError(f"no kernels for {backend} GPUs of type {arch}; they exist for: {', '.join(TARGETS)}")
 
 
+@cache
 def own_target(backend: str, arch: int | str) -> Target:
     """nearest_target with code for the GPU itself. KernelError as there."""
     nearest = nearest_target(backend, arch)

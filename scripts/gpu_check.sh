@@ -25,10 +25,12 @@ run parity
 backends=triton,torch
 "$python" -c 'import xformers.ops' 2>/dev/null && backends=$backends,xformers
 run end_to_end --backends "$backends"
+run kernel_cache
 run kernels
 
 echo "== summary (commit $(cat "$out/commit.txt" 2>/dev/null || echo unknown))"
 tail -n 1 "$out/parity.txt"
 cat "$out/end_to_end.txt"
+tail -n 4 "$out/kernel_cache.txt"
 grep -E '^(copy|decode|prefill)' "$out/kernels.txt"
 exit $status

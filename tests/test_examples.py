@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,24 @@ def readme_blocks() -> list[str]:
 def test_readme(block: str, smollm2_gguf: Path) -> None:
     # The README names models of the hub; here the demo's stands in for them.
     run(["-c", re.sub(r'LLM\("[^"]+"', f'LLM("{smollm2_gguf}"', block)])
+
+
+def test_the_container_recipe_uses_commands_and_options_that_exist() -> None:
+    from typer.main import get_command
+
+    from halimede.engine.cli.main import app
+
+    text = (ROOT / "examples/container/Dockerfile").read_text()
+    settings = re.findall(r'SETTINGS="([^"]*)"', text)
+    assert len(set(settings)) == 1, "both stages must have the same settings"
+    commands = [line.split() for line in re.findall(r"(?:^RUN|exec) (halimede [^\]\n]*)", text, re.MULTILINE)]
+    assert [words[1] for words in commands] == ["warmup", "kernels", "kernels", "kernels", "generate"]
+    for words in commands:
+        command: Any = get_command(app)
+        for word in words[1:]:
+            command = getattr(command, "commands", {}).get(word, command)
+        known = {option for parameter in command.params for option in parameter.opts}
+        used = (
+            " ".join(words).strip('"').replace("${SETTINGS}", settings[0]).replace("$SETTINGS", settings[0])
+        )
+        assert {word for word in used.split() if word.startswith("-")} <= known, words

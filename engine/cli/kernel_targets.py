@@ -17,6 +17,8 @@ def targets_named(names: str) -> "list[Target]":
         return list(TARGETS.values())
     if names != "auto":
         found = [find_target(name.strip()) for name in names.split(",") if name.strip()]
+        if not found:
+            raise KernelError(f"{names!r} names no target; use auto, all or some of: {', '.join(TARGETS)}")
         return list({target.machine: target for target in found}.values())
     import torch
 

@@ -15,7 +15,7 @@ from halimede.engine.cli.table import print_rows
 from halimede.errors import KernelError
 
 if TYPE_CHECKING:
-    from halimede.kernels.compile import Build
+    from halimede.kernels.compiler import Build
     from halimede.kernels.inspect import MachineCode
     from halimede.kernels.spec import Case, KernelSpec
 

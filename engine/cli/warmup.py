@@ -12,10 +12,12 @@ from halimede.engine.cli.completion import complete_model
 from halimede.engine.cli.kernel_targets import targets_named
 from halimede.engine.cli.machine import format_bytes
 from halimede.engine.cli.terminal import notice
+from halimede.engine.cli.warmup_progress import Progress
 from halimede.engine.config import EngineConfig
+from halimede.errors import KernelError
 
 if TYPE_CHECKING:
-    from halimede.engine.warmup.pool import Outcome, Summary
+    from halimede.engine.warmup.pool import Summary
     from halimede.kernels.specialise import Specialisation
     from halimede.kernels.target import Target
 
@@ -59,30 +61,47 @@ def warmup(
     Needs no GPU, no CUDA or ROCm toolkit and no C compiler. What the cache has already is not compiled
     again, so a run that was stopped goes on where it was. Serve from the cache with --jit forbid.
     """
-    config = EngineConfig(model=model, **{"load_format": "dummy", **engine})
-    if output is not None:
-        config = replace(config, kernel_cache_dir=str(output))
+    config = _config(model, engine, output)
     targets = targets_named(target)
-    from halimede.engine.warmup.pool import build_all, default_jobs
-    from halimede.engine.warmup.serving import kernel_cache_folder
-    from halimede.kernels.store import KernelStore
-
+    try:
+        from halimede.engine.warmup.pool import build_all, default_jobs
+        from halimede.engine.warmup.serving import kernel_cache_folder
+        from halimede.kernels.store import KernelStore
+    except ImportError as error:
+        raise KernelError(
+            f"Triton, which compiles kernels, cannot be imported ({error}); pip install triton (Linux only)"
+        ) from error
     wanted = _specialisations(config, targets)
     folder = kernel_cache_folder(config)
-    with _Progress() as progress:
-        summary = build_all(
-            wanted,
-            KernelStore(folder),
-            jobs=jobs or default_jobs(),
-            on_start=progress.start,
-            on_done=progress.advance,
-        )
+    jobs = jobs or default_jobs()
+    with Progress(jobs) as progress:
+        try:
+            summary = build_all(
+                wanted, KernelStore(folder), jobs=jobs, on_start=progress.start, on_done=progress.advance
+            )
+        except KeyboardInterrupt:
+            progress.close()
+            if progress.missing is not None:
+                kept = f"{len(wanted) - progress.missing} of {len(wanted)} kernels are in {folder}"
+                print(f"interrupted: {kept}; the same command goes on from there", file=sys.stderr)
+            raise
     if as_json:
         print(json.dumps(_record(summary, folder, targets), indent=2))
     else:
         _print(summary, folder, targets)
     if summary.failed:
         raise typer.Exit(1)
+
+
+def _config(model: str, engine: dict[str, Any], output: Path | None) -> EngineConfig:
+    config = EngineConfig(model=model, **{"load_format": "dummy", **engine})
+    if output is None:
+        return config
+    if config.kernel_cache_dir is not None and Path(config.kernel_cache_dir) != output:
+        raise typer.BadParameter(
+            f"-o {output} contradicts --kernel-cache-dir {config.kernel_cache_dir}; leave one of them out"
+        )
+    return replace(config, kernel_cache_dir=str(output))
 
 
 def _specialisations(config: EngineConfig, targets: "list[Target]") -> "list[Specialisation]":
@@ -97,37 +116,6 @@ def _specialisations(config: EngineConfig, targets: "list[Target]") -> "list[Spe
     return [
         one for target in targets for one in serving_specialisations(config, model_config, settings, target)
     ]
-
-
-class _Progress:
-    """A bar on a terminal, with the time that is left; elsewhere nothing."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def start(self, missing: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=missing,
-            desc="Compiling kernels",
-            unit="kernel",
-            dynamic_ncols=True,
-            disable=not (missing and sys.stderr.isatty()),
-        )
-
-    def advance(self, outcome: "Outcome") -> None:
-        function = outcome.specialisation.name.partition(":")[2]
-        short = function.removeprefix("_").removesuffix("_kernel")
-        self._bar.set_postfix_str(f"{short} {outcome.specialisation.target.machine}", refresh=False)
-        self._bar.update(1)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _record(summary: "Summary", folder: Path, targets: "list[Target]") -> dict[str, Any]:

@@ -79,7 +79,7 @@ class GpuStep:
         )
         q = qkv[:, : layer.num_heads]
         if self.tokens is not None:
-            q = q[self.tokens]
+            q = q.index_select(0, self.tokens)
         return self.attention(q, kv_cache, layer.scale)
 
 

@@ -66,10 +66,11 @@ def choose_weights(
 
     Safetensors come before .bin and .pt, those before GGUF. Among several GGUFs `quant` picks by the name's
     suffix or the whole name; without it Q4_K_M is taken, else Q8_0, else the only one. A `load_format` other
-    than auto leaves the other formats out of this; dummy takes none, where there is a config.json.
+    than auto leaves the other formats out of this; dummy takes none, where there is a config.json
+    that auto would take, too.
     Raises ModelLoadError when nothing fits, shards are absent or several GGUFs are there to choose from.
     """
-    if load_format == "dummy" and quant is None and "config.json" in names:
+    if load_format == "dummy" and quant is None and "config.json" in names and not _only_gguf(names, source):
         return WeightChoice("dummy")
     formats = _FORMATS[load_format]
     if quant is not None and "gguf" not in formats:
@@ -90,6 +91,12 @@ def choose_weights(
     chosen = _choose_gguf(sorted(ggufs), source, quant)
     _check_numbers(ggufs[chosen], source)
     return WeightChoice("gguf", tuple(ggufs[chosen]))
+
+
+def _only_gguf(names: Collection[str], source: str) -> bool:
+    """Whether auto would take a GGUF, and with it the configuration in its metadata."""
+    has_gguf = any(name.endswith(".gguf") for name in names)
+    return has_gguf and _choose_unquantized(names, source, _FORMATS["hf"]) is None
 
 
 def read_index(path: Path, present: Collection[str]) -> tuple[str, ...]:

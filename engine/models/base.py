@@ -133,7 +133,7 @@ class Decoder(nn.Module):
                 return self._finish(hidden_states, residual, last, model_input, kv_caches[-1])
         assert hidden_states is not None, "a decoder has layers"
         normed = self.norm.add(hidden_states, residual)
-        return normed if model_input.outputs is None else normed[model_input.logits_indices]
+        return normed if model_input.outputs is None else normed.index_select(0, model_input.logits_indices)
 
     def _finish(
         self,
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         attended = layer.attend(hidden_states, residual, step, kv_cache)
         if attended.shape[0] == 0:
             return attended
-        residual = residual[model_input.logits_indices]
+        residual = residual.index_select(0, model_input.logits_indices)
         return self.norm.add(layer.feed_forward(attended, residual), residual)
 
 

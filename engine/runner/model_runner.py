@@ -83,7 +83,7 @@ class ModelRunner:
         if not sampling:
             return ModelRunnerOutput({}, prompt_logprobs=prompt_logprobs)
         if model_input.outputs is None:
-            hidden_states = hidden_states[model_input.logits_indices]
+            hidden_states = hidden_states.index_select(0, model_input.logits_indices)
         logits = self._model.compute_logits(hidden_states)
         metadata = build_sampling_metadata([state for _, state in sampling], vocab_size=self._vocab_size)
         sampled = self._sampler.sample(logits, metadata)

@@ -42,6 +42,8 @@ def warmup_command(config: EngineConfig, target: str, folder: Path) -> str:
         value = getattr(config, field.name)
         if field.name not in _LEFT_OUT and value != field.default:
             words += _option(field.name, value)
+    if config.load_format == "gguf":  # else the settings are those of config.json, without any weights
+        words += _option("load_format", "gguf")
     return shlex.join([*words, "--target", target, "-o", str(folder)])
 
 
@@ -51,4 +53,9 @@ def _option(name: str, value: Any) -> list[str]:
         return [f"--{flag}" if value else f"--no-{flag}"]
     if callable(value):  # a function cannot be written on a command line
         return [f"--{flag}", "..."]
-    return [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    return [f"--{flag}", json.dumps(value, default=_name) if isinstance(value, Mapping) else str(value)]
+
+
+def _name(value: Any) -> str:
+    """Of what JSON does not have, such as a dtype of torch."""
+    return str(value).removeprefix("torch.")

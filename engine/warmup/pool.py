@@ -4,18 +4,18 @@ Each kernel is in the cache, whole, as soon as it is built: a run that is stoppe
 what was being built, and the next one goes on from there.
 """
 
-import concurrent.futures
-import multiprocessing
+import errno
 import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from halimede.engine.runner.memory import available_memory
+from halimede.engine.warmup.workers import Death, Workers
 from halimede.errors import CorruptKernelError, KernelCacheError, KernelError
 from halimede.kernels.build import build
 from halimede.kernels.specialise import TRITON_VERSION, Specialisation, find_kernel
@@ -23,6 +23,11 @@ from halimede.kernels.store import KernelStore
 from halimede.kernels.target import find_target
 
 _BYTES_PER_JOB = 1 << 30  # of a process: torch, Triton and LLVM with a large kernel
+# About how much longer these take than the others; seen on all targets: 1 to 3.5 s against 0.1 to 0.5.
+_SLOW = ("_attention_decode_kernel", "_prefill_kernel", "_logprobs_kernel", "_threshold_kernel")
+_TIMES_SLOWER = 6.0
+# Of the disk and its rights, not of the kernel.
+_UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +53,20 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one kernel: bytes of its binary, and what was wrong if it could not be built."""
+    """Of one kernel: bytes of its binary, and what was wrong if it could not be built.
+
+    seconds: that it took a process.
+    """
 
     specialisation: Specialisation
     size: int = 0
     error: str | None = None
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Summary:
-    """Of a run. bytes: of the binaries, compiled and cached. failed: a description and the error of each."""
+    """Of a run. bytes: of the binaries, compiled and cached. failed: the error of each. seconds: of all."""
 
     compiled: int = 0
     cached: int = 0
@@ -72,17 +81,22 @@ def default_jobs() -> int:
     return max(1, min(cores, available_memory() // _BYTES_PER_JOB))
 
 
+def cost(one: Specialisation) -> float:
+    """About how long it takes to build, in multiples of what most take."""
+    return _TIMES_SLOWER if one.name.partition(":")[2].endswith(_SLOW) else 1.0
+
+
 def build_all(
     specialisations: Sequence[Specialisation],
     store: KernelStore,
     *,
     jobs: int,
-    on_start: Callable[[int], None] = lambda missing: None,
+    on_start: Callable[[Sequence[Specialisation]], None] = lambda missing: None,
     on_done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Summary:
     """Build those that the cache does not have intact.
 
-    on_start: is told how many those are; on_done: each as it is built or fails. KernelCacheError if the
+    on_start: is told which those are; on_done: each as it is built or fails. KernelCacheError if the
     folder cannot be written; what was built before is kept.
     """
     start, summary = time.monotonic(), Summary()
@@ -94,16 +108,22 @@ def build_all(
         else:
             summary.cached += 1
             summary.bytes += size
-    on_start(len(missing))
+    if missing and (obstacle := _obstacle(store)):
+        raise _stopped(obstacle, summary, len(specialisations))
+    on_start(missing)
     # The longest first: no process should end with one while the others have nothing left to do.
-    missing.sort(key=lambda one: "attention" not in one.name)
-    for outcome in _run(missing, store, jobs):
-        if outcome.error is None:
-            summary.compiled += 1
-            summary.bytes += outcome.size
-        else:
-            summary.failed.append((outcome.specialisation, outcome.error))
-        on_done(outcome)
+    missing.sort(key=cost, reverse=True)
+    with closing(_answers(missing, store, jobs)) as answers:
+        for one, answer in answers:
+            if answer.obstacle is not None:
+                raise _stopped(answer.obstacle, summary, len(specialisations))
+            outcome = Outcome(one, answer.size, answer.error, answer.seconds)
+            if outcome.error is None:
+                summary.compiled += 1
+                summary.bytes += outcome.size
+            else:
+                summary.failed.append((one, outcome.error))
+            on_done(outcome)
     summary.seconds = time.monotonic() - start
     return summary
 
@@ -111,79 +131,77 @@ def build_all(
 def _size_if_intact(one: Specialisation, store: KernelStore) -> int | None:
     try:
         found = store.read(TRITON_VERSION, one.target.machine, one.key)
-    except CorruptKernelError:
+    except (CorruptKernelError, OSError):  # what cannot be read is written anew, and that tells why
         return None
     return None if found is None else found[0].size
 
 
-def _run(missing: Sequence[Specialisation], store: KernelStore, jobs: int) -> Iterator[Outcome]:
-    """The outcomes, as they come. A process that dies takes the others' work with it: that is done again,
-    one kernel to a process, so that the one which cannot be built is known."""
-    lost: list[Specialisation] = []
-    yield from _run_pool(missing, store, jobs, lost.append)
-    for one in lost:
-        again: list[Specialisation] = []
-        yield from _run_pool([one], store, 1, again.append)
-        if again:
-            yield Outcome(one, error="the compiler ended the process: out of memory, or a crash of LLVM")
-
-
-def _run_pool(
-    wanted: Sequence[Specialisation],
-    store: KernelStore,
-    jobs: int,
-    on_lost: Callable[[Specialisation], None],
-) -> Iterator[Outcome]:
-    if not wanted:
-        return
-    # Not forked: torch and Triton have threads.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(wanted)), multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
+def _obstacle(store: KernelStore) -> str | None:
+    """Why nothing can be written there; asked before anything is compiled for nothing."""
     try:
-        futures = {pool.submit(_build_one, Task.of(one), store.folder): one for one in wanted}
-        for future in concurrent.futures.as_completed(futures):
-            try:
-                size, error = future.result()
-            except BrokenProcessPool:
-                on_lost(futures[future])
+        store.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _unwritable(store.folder, error)
+    if not os.access(store.root, os.W_OK | os.X_OK):
+        return _unwritable(store.folder, f"no right to write into {store.root}")
+    return None
+
+
+def _unwritable(folder: Path, why: object) -> str:
+    return f"the kernel cache {folder} cannot be written ({why}); free space there or choose another with -o"
+
+
+def _stopped(obstacle: str, summary: Summary, wanted: int) -> KernelCacheError:
+    kept = summary.cached + summary.compiled
+    return KernelCacheError(f"{obstacle}, and run again: {kept} of {wanted} kernels are there and are kept")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Of a process: an Outcome's fields, or an obstacle that all other kernels would meet, too."""
+
+    size: int = 0
+    error: str | None = None
+    seconds: float = 0.0
+    obstacle: str | None = None
+
+
+def _answers(
+    missing: Sequence[Specialisation], store: KernelStore, jobs: int
+) -> Generator[tuple[Specialisation, _Answer], None, None]:
+    """As they come. What a process died of is tried again at the end, alone: perhaps memory ran out."""
+    wanted = {one.key: one for one in missing}
+    again: list[_Keyed] = []
+    with Workers(partial(_build_one, store.folder)) as workers:
+        for keyed, answer in workers.run([(key, Task.of(one)) for key, one in wanted.items()], jobs):
+            if isinstance(answer, Death):
+                again.append(keyed)
             else:
-                yield Outcome(futures[future], size, error)
-    finally:
-        _stop(pool)
+                yield wanted[keyed[0]], answer
+        for keyed, answer in workers.run(again, 1):
+            if isinstance(answer, Death):
+                answer = _Answer(error=f"the compiler's process {answer.reason}")
+            yield wanted[keyed[0]], answer
 
 
-def _stop(pool: concurrent.futures.ProcessPoolExecutor) -> None:
-    """At once: after an interruption nobody waits for what is being compiled."""
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join()
+_Keyed = tuple[str, Task]
 
 
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole group; the parent ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _build_one(task: Task, folder: Path) -> tuple[int, str | None]:
-    """Bytes of the binary, or 0 and the error."""
+def _build_one(folder: Path, keyed: _Keyed) -> _Answer:
+    """Build it into the cache in `folder`; runs in a process of its own."""
+    start = time.monotonic()
     try:
-        entry, binary = build(task.specialisation())
+        entry, binary = build(keyed[1].specialisation())
     except KernelError as error:
-        return 0, str(error)
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _UNWRITABLE:
+            return _Answer(
+                obstacle=f"the compiler's temporary files cannot be written ({cause}); free space there or "
+                "set TMPDIR to another folder"
+            )
+        return _Answer(error=str(error))
     try:
         KernelStore(folder).write(entry, binary)
     except OSError as error:
-        raise KernelCacheError(
-            f"the kernel cache {folder} cannot be written ({error}); free space or choose another folder "
-            "with -o, and run again: what was built so far is kept"
-        ) from error
-    return entry.size, None
-
-
-def unique(specialisations: Iterable[Specialisation]) -> list[Specialisation]:
-    """Each key once, in order."""
-    return list({one.key: one for one in specialisations}.values())
+        return _Answer(obstacle=_unwritable(folder, error))
+    return _Answer(entry.size, seconds=time.monotonic() - start)

@@ -15,6 +15,7 @@ token it has the row.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,11 +36,13 @@ from halimede.kernels.gpu.quantize_cases import (
     static,
 )
 from halimede.kernels.gpu.rows import aligned_strides, row_warps
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.launch import Variant, launch, target_of
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
+from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+_ACTIVATIONS = get_args(Activation)
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -134,32 +137,30 @@ def gelu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 def activate(x: torch.Tensor, activation: Activation, *, gated: bool) -> torch.Tensor:
     """x (T, I), gated (T, 2I), to y (T, I), contiguous and of x's dtype."""
-    size = _size_of_output(x, activation, gated)
-    y = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
-    target = target_of(x)
+    shape, strides = x.shape, x.stride()
+    size = _size_of_output(shape, strides, activation, gated)
+    unit, (stride,) = aligned_strides(shape[:1], strides, x.dtype)
+    variant = _variant(target_of(x), x.dtype, size, gated, activation, unit)
+    y = x.new_empty((shape[0], size))
+    variant.start((shape[0], -(-size // variant.constants["BLOCK"])), x, y, stride)
+    return y
+
+
+@cache
+def _variant(
+    target: Target, dtype: torch.dtype, size: int, gated: bool, activation: str, unit: int
+) -> Variant:
+    """size: of a row of y. unit: see aligned_strides."""
     block = min(1024, next_power_of_2(size))
     config = pick_config(
         "activate",
         target,
-        f"{x.dtype}",
+        f"{dtype}",
         size,
         # 8 elements a thread: at few rows more threads are worth more than more work for each.
         lambda: KernelConfig({"BLOCK": block}, num_warps=row_warps(2 * block, target), num_stages=1),
     )
-    unit, (stride,) = aligned_strides(x, 0)
-    launch(
-        _activate_kernel,
-        (x.shape[0], triton.cdiv(size, config.blocks["BLOCK"])),
-        x,
-        y,
-        stride,
-        config=config,
-        UNIT=unit,
-        SIZE=size,
-        GATED=gated,
-        ACTIVATION=activation,
-    )
-    return y
+    return Variant(_activate_kernel, config, UNIT=unit, SIZE=size, GATED=gated, ACTIVATION=activation)
 
 
 def activate_quant(
@@ -172,10 +173,10 @@ def activate_quant(
     scale: torch.Tensor | None = None,
 ) -> Tensors:
     """activate, then per_token_quant: (codes (T, I), scales)."""
-    size = _size_of_output(x, activation, gated)
+    size = _size_of_output(x.shape, x.stride(), activation, gated)
     output = quant_output(x, size, dtype, group_size, scale)
     config = quant_config("activate_quant", x, size, output)
-    unit, (stride,) = aligned_strides(x, 0)
+    unit, (stride,) = aligned_strides(x.shape[:1], x.stride(), x.dtype)
     launch(
         _activate_quant_kernel,
         (x.shape[0], triton.cdiv(size, config.blocks["BLOCK"])),
@@ -193,18 +194,16 @@ def activate_quant(
     return output.codes, output.scales
 
 
-def _size_of_output(x: torch.Tensor, activation: str, gated: bool) -> int:
-    if activation not in get_args(Activation):
-        raise KernelError(
-            f"activation {activation!r} is unknown; use one of: {', '.join(get_args(Activation))}"
-        )
-    columns = x.shape[-1]
-    if x.dim() != 2 or x.stride(-1) != 1 or (gated and columns % 2):
+def _size_of_output(shape: tuple[int, ...], strides: tuple[int, ...], activation: str, gated: bool) -> int:
+    """Of a row of y; shape and strides are x's. KernelError for what no activation takes."""
+    if activation not in _ACTIVATIONS:
+        raise KernelError(f"activation {activation!r} is unknown; use one of: {', '.join(_ACTIVATIONS)}")
+    if len(shape) != 2 or strides[1] != 1 or (gated and shape[1] % 2):
         raise KernelError(
             f"an activation takes {'(T, 2I)' if gated else '(T, I)'} with unit stride in the last dimension; "
-            f"got {tuple(x.shape)} with strides {x.stride()}"
+            f"got {tuple(shape)} with strides {strides}"
         )
-    return columns // 2 if gated else columns
+    return shape[1] // 2 if gated else shape[1]
 
 
 def activate_reference(x: torch.Tensor, activation: Activation, *, gated: bool) -> torch.Tensor:
@@ -282,7 +281,7 @@ SPECS = (
         cases=(
             *(
                 _case((3, 577), dtype, activation, gated=gated)
-                for activation in get_args(Activation)
+                for activation in _ACTIVATIONS
                 for gated in (False, True)
                 for dtype in (_BF16, _FP32)
             ),

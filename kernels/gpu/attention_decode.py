@@ -20,6 +20,7 @@ Caches of 8 bits are multiplied in float16, which holds both kinds of code exact
 has; conversion to bfloat16 takes twice as many instructions. Weights are float16 then, else of q's dtype.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,15 +28,23 @@ import triton
 import triton.language as tl
 
 from halimede.kernels.gpu.attention_decode_cases import CASES, SIGNATURES, reference
-from halimede.kernels.gpu.attention_decode_checks import check, check_options
+from halimede.kernels.gpu.attention_decode_checks import (
+    check_caches,
+    check_options,
+    check_out,
+    check_plan,
+    check_queries,
+    check_step,
+)
 from halimede.kernels.gpu.attention_decode_config import heuristic
 from halimede.kernels.gpu.attention_decode_plan import DecodePlan, plan_decode
 from halimede.kernels.gpu.attention_decode_reduce import arrive, finish, reduce_splits, store_part
 from halimede.kernels.gpu.attention_decode_tile import attend_tile, load_block_ids, load_heads, slots_of
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
 from halimede.kernels.target import Target, num_processors
-from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
+from halimede.kernels.tuning import next_power_of_2, pick_config
+from halimede.kernels.variant_key import Layout, layout
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -222,60 +231,83 @@ def paged_attention_decode(
 
     plan: plan_decode's of this step. Raises KernelError for what the kernel does not take.
     """
-    check(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, plan, out)
-    check_options(q, k_cache, plan, sliding_window, sinks, k_scale, v_scale)
-    num_rows, num_kv_heads, target = seq_lens.shape[0], k_cache.shape[1], target_of(q)
-    config = _config(target, q, k_cache, plan.split_size)
-    programs = config.options.get("programs_per_processor", 2) * num_processors(q.device)
+    target, shape, num_rows = target_of(q), q.shape, seq_lens.shape[0]
+    check_out(out, q, shape)
+    variant = _variant(
+        target,
+        (q.dtype, shape[1:], q.stride()),
+        (layout(k_cache), layout(v_cache)),
+        (layout(k_scale), layout(v_scale)),
+        layout(sinks),
+        (sliding_window, softcap is not None),
+        (plan.split_size, plan.sliding_window, plan.workspace.accumulators.shape[1:]),
+    )
+    check_step(num_rows, block_tables, query_start_loc, seq_lens, plan.work_offsets)
+    programs = variant.config.options.get("programs_per_processor", 2) * num_processors(q.device)
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    launch(
-        _attention_decode_kernel,
-        (min(num_rows * plan.max_splits * num_kv_heads, programs),),
+    workspace, constants = plan.workspace, variant.constants
+    variant.start(
+        (min(num_rows * plan.max_splits * constants["NUM_KV_HEADS"], programs),),
         *(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, plan.work_offsets),
-        *(plan.workspace.accumulators, plan.workspace.statistics, plan.workspace.counters),
+        *(workspace.accumulators, workspace.statistics, workspace.counters),
         *(out, sinks, k_scale, v_scale),
         scale * _LOG2_E.value * (1 if softcap is None else 2 / softcap),
         (softcap or 0.0) * _LOG2_E.value,
-        *(num_rows, block_tables.stride(0), q.shape[2]),
-        config=config,
-        WINDOW=sliding_window or 0,
-        SPLIT=plan.split_size,
-        SOFTCAP=softcap is not None,
-        FENCE_THREADS=config.num_warps * target.warp_size if target.backend == "hip" else 0,
-        **_constants(target, q, k_cache, k_scale is not None and k_scale.dim() == 3),
+        *(num_rows, block_tables.stride(0), constants["HEAD_DIM"]),
     )
 
 
-def _constants(target: Target, q: torch.Tensor, codes: torch.Tensor, per_token: bool) -> dict[str, Any]:
-    """What follows from shapes and dtypes. codes: a cache, of bytes if it is float8."""
-    group = q.shape[1] // codes.shape[1]
-    in_float16 = codes.dtype.itemsize == 1 and q.dtype != torch.float32
-    return {
-        "Q_STRIDE": q.stride(0),
-        "NUM_KV_HEADS": codes.shape[1],
-        "GROUP": group,
-        "HEAD_DIM": q.shape[2],
-        "BLOCK_SIZE": codes.shape[2],
-        "PER_TOKEN": per_token,
-        "IN_FLOAT16": in_float16,
-        "FLOAT8": codes.dtype == torch.uint8,
-        "NATIVE": target.native_e4m3,
-        # Scales of a few thousandths would make small weights vanish in float16.
-        "WEIGHT_SCALE": 1024.0 if per_token and (in_float16 or q.dtype == torch.float16) else 1.0,
-        "BLOCK_M": max(16, next_power_of_2(group)),
-        "REDUCE_M": next_power_of_2(group),
-    }
-
-
-def _config(target: Target, q: torch.Tensor, k_cache: torch.Tensor, split_size: int) -> KernelConfig:
-    group, head_dim, block_size = q.shape[1] // k_cache.shape[1], q.shape[2], k_cache.shape[2]
-    return pick_config(
+@cache
+def _variant(
+    target: Target,
+    q: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]],
+    caches: tuple[Layout, Layout],
+    scales: tuple[Layout | None, Layout | None],
+    sinks: Layout | None,
+    options: tuple[int | None, bool],
+    plan: tuple[int, int | None, tuple[int, ...]],
+) -> Variant:
+    """q: dtype, shape without T, strides. options: sliding_window, and whether there is a softcap.
+    plan: split_size, sliding_window, shape of a slot. Checks all of them.
+    """
+    check_queries(*q)
+    q_dtype, (heads, head_dim), strides = q
+    check_caches(q_dtype, heads, head_dim, caches)
+    cache_dtype, (_, kv_heads, block_size, _), _ = caches[0]
+    (sliding_window, has_softcap), (split_size, planned_window, slot) = options, plan
+    group = heads // kv_heads
+    check_plan(sliding_window, planned_window, (group, head_dim), slot)
+    check_options(heads, caches[0], sinks, scales)
+    config = pick_config(
         "attention_decode",
         target,
-        f"{q.dtype},{k_cache.dtype},{head_dim},{group},{block_size}",
+        f"{q_dtype},{cache_dtype},{head_dim},{group},{block_size}",
         split_size,
-        lambda: heuristic(target, q.dtype, k_cache.dtype, head_dim, group, block_size, split_size),
+        lambda: heuristic(target, q_dtype, cache_dtype, head_dim, group, block_size, split_size),
+    )
+    in_float16 = cache_dtype.itemsize == 1 and q_dtype != torch.float32
+    per_token = scales[0] is not None and len(scales[0][1]) == 3
+    return Variant(
+        _attention_decode_kernel,
+        config,
+        WINDOW=sliding_window or 0,
+        SPLIT=split_size,
+        SOFTCAP=has_softcap,
+        FENCE_THREADS=config.num_warps * target.warp_size if target.backend == "hip" else 0,
+        Q_STRIDE=strides[0],
+        NUM_KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        PER_TOKEN=per_token,
+        IN_FLOAT16=in_float16,
+        FLOAT8=cache_dtype == torch.float8_e4m3fn,
+        NATIVE=target.native_e4m3,
+        # Scales of a few thousandths would make small weights vanish in float16.
+        WEIGHT_SCALE=1024.0 if per_token and (in_float16 or q_dtype == torch.float16) else 1.0,
+        BLOCK_M=max(16, next_power_of_2(group)),
+        REDUCE_M=next_power_of_2(group),
     )
 
 

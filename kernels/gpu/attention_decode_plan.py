@@ -8,6 +8,7 @@ a CUDA graph that holds it stays right as the rows grow.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels.gpu.attention_cases import ROWS, make_step
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
+from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
+from halimede.kernels.variant_key import tuned_bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,32 +138,43 @@ def plan_decode(
     rows must always be cut alike. workspace: to be shared; None makes one for this plan.
     Raises KernelError for wrong shapes and a workspace that is too small.
     """
-    rows = seq_lens.shape[0]
+    rows, target = seq_lens.shape[0], target_of(seq_lens)
     split_size = split_size or default_split_size(max_seq_len)
-    _check(query_start_loc, seq_lens, split_size, sliding_window, max_seq_len)
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    if workspace is None:
+    _check_rows(query_start_loc, seq_lens, rows)
+    if max_seq_len < 0 or (sliding_window is not None and sliding_window < 1):
+        raise KernelError(
+            f"max_seq_len is {max_seq_len} and must not be negative; sliding_window is {sliding_window} and "
+            "must be positive or None"
+        )
+    variant = _variant(
+        target, tuned_bucket("attention_decode_plan", target, rows), split_size, sliding_window
+    )
+    splits = max_splits(max_seq_len, split_size, sliding_window)
+    if workspace is not None:
+        _check_workspace(workspace, rows * num_kv_heads, splits, (num_heads // num_kv_heads, head_dim))
+    else:
         workspace = decode_workspace(
             rows,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             max_seq_len=max_seq_len,
             device=seq_lens.device,
             sliding_window=sliding_window,
             split_size=split_size,
-            **sizes,
         )
-    splits = max_splits(max_seq_len, split_size, sliding_window)
-    _check_workspace(workspace, rows * num_kv_heads, splits, (num_heads // num_kv_heads, head_dim))
-    offsets = torch.empty(rows + 1, dtype=torch.int32, device=seq_lens.device)
-    config = pick_config("attention_decode_plan", target_of(seq_lens), "", rows, _heuristic)
-    launch(
-        _attention_decode_plan_kernel,
-        (1,),
-        *(query_start_loc, seq_lens, offsets, rows),
-        config=config,
-        WINDOW=sliding_window or 0,
-        SPLIT=split_size,
-    )
+    offsets = seq_lens.new_empty(rows + 1)
+    variant.start((1,), query_start_loc, seq_lens, offsets, rows)
     return DecodePlan(offsets, workspace, split_size, sliding_window, splits)
+
+
+@cache
+def _variant(target: Target, rows: int, split_size: int, sliding_window: int | None) -> Variant:
+    """rows: see tuned_bucket. Checks split_size."""
+    if split_size < 16 or split_size & (split_size - 1):
+        raise KernelError(f"split_size {split_size} is not a power of two of 16 and more")
+    config = pick_config("attention_decode_plan", target, "", rows, _heuristic)
+    return Variant(_attention_decode_plan_kernel, config, WINDOW=sliding_window or 0, SPLIT=split_size)
 
 
 def _check_workspace(workspace: DecodeWorkspace, counters: int, splits: int, slot: tuple[int, int]) -> None:
@@ -173,29 +187,13 @@ def _check_workspace(workspace: DecodeWorkspace, counters: int, splits: int, slo
         )
 
 
-def _check(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    split_size: int,
-    sliding_window: int | None,
-    max_seq_len: int,
-) -> None:
-    for name, tensor, size in (
-        ("query_start_loc", query_start_loc, seq_lens.shape[0] + 1),
-        ("seq_lens", seq_lens, seq_lens.shape[0]),
-    ):
+def _check_rows(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, rows: int) -> None:
+    for name, tensor, size in (("query_start_loc", query_start_loc, rows + 1), ("seq_lens", seq_lens, rows)):
         if tensor.shape != (size,) or tensor.dtype != torch.int32 or not tensor.is_contiguous():
             raise KernelError(
                 f"plan_decode needs a contiguous int32 {name} of shape ({size},); it is "
                 f"{tuple(tensor.shape)} {tensor.dtype}"
             )
-    if split_size < 16 or split_size & (split_size - 1):
-        raise KernelError(f"split_size {split_size} is not a power of two of 16 and more")
-    if max_seq_len < 0 or (sliding_window is not None and sliding_window < 1):
-        raise KernelError(
-            f"max_seq_len is {max_seq_len} and must not be negative; sliding_window is {sliding_window} and "
-            "must be positive or None"
-        )
 
 
 def _heuristic() -> KernelConfig:

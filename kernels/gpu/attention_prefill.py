@@ -17,6 +17,7 @@ GPUs with few registers.
 per program. Softmax is online in float32 with exp2; weights are rounded to q's dtype for the second product.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,16 +25,12 @@ import triton
 import triton.language as tl
 
 from halimede.kernels.gpu.attention_prefill_cases import CASES, SIGNATURES, reference
-from halimede.kernels.gpu.attention_prefill_checks import (
-    check_numbers,
-    check_scales,
-    check_step,
-    check_tensors,
-)
-from halimede.kernels.gpu.attention_prefill_config import prefill_config, prefill_constants
+from halimede.kernels.gpu.attention_prefill_checks import check_numbers, check_out, check_step
+from halimede.kernels.gpu.attention_prefill_config import prefill_choice
 from halimede.kernels.gpu.attention_tiles import find_row, load_blocks, load_tile
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
+from halimede.kernels.variant_key import layout, tuned_bucket
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Finite, so that the difference of two such maxima is 0 and not NaN: a tile may be hidden from a token.
@@ -325,33 +322,43 @@ def paged_attention_prefill(
 ) -> None:
     """Write to `out` (T, H, D) the attention of the rows that have at least min_query_len query tokens.
 
-    The other rows' tokens in `out` stay as they are. Inputs as in paged_attention_reference; q (T, H, D) may
-    be a slice of a fused projection; a cache of 8-bit codes needs k_scale and v_scale, (1) or [N, K, B].
-    KernelError for shapes, layouts and dtypes that the kernel does not take.
+    The other rows' tokens in `out` stay as they are. Inputs as in paged_attention_reference; q may be a slice
+    of a projection; 8-bit caches need k_scale and v_scale, (1) or [N, K, B]. KernelError for what is refused.
     """
-    check_tensors(q, k_cache, v_cache, out, sinks)
-    check_step(block_tables, query_start_loc, seq_lens)
-    check_scales(k_cache, k_scale, v_scale)
+    target, shape = target_of(q), q.shape
+    check_out(out, q, shape)
+    num_tokens = shape[0] if shape else 0
+    variant = _variant(
+        target,
+        tuned_bucket("attention_prefill", target, num_tokens),
+        (q.dtype, shape[1:], q.stride()),
+        (layout(k_cache), layout(v_cache)),
+        (layout(k_scale), layout(v_scale)),
+        layout(sinks),
+        (causal, sliding_window is not None, softcap is not None),
+    )
+    num_rows = check_step(block_tables, query_start_loc, seq_lens)
     check_numbers(scale, sliding_window, softcap)
-    num_tokens, num_rows, target = q.shape[0], seq_lens.shape[0], target_of(q)
     if num_tokens == 0 or num_rows == 0:
         return
-    config = prefill_config(target, q, k_cache, is_plain=sliding_window is None and softcap is None)
-    constants = prefill_constants(target, q, k_cache, k_scale)
-    blocks = num_tokens // (config.blocks["BLOCK_M"] // constants["GROUP"]) + num_rows
+    constants = variant.constants
+    blocks = num_tokens // (constants["BLOCK_M"] // constants["GROUP"]) + num_rows
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    launch(
-        _prefill_kernel,
-        (blocks, k_cache.shape[1], config.blocks["V_PARTS"]),
+    variant.start(
+        (blocks, constants["KV_HEADS"], constants["V_PARTS"]),
         *(q, k_cache, v_cache, k_scale, v_scale, sinks, block_tables, query_start_loc, seq_lens, out),
         _LOG2_E.value * (scale if softcap is None else softcap),
         None if softcap is None else 2 * _LOG2_E.value * scale / softcap,
-        *(num_rows, block_tables.stride(0), min_query_len, sliding_window, q.shape[2]),
-        config=config,
-        CAUSAL=causal,
-        **constants,
+        *(num_rows, block_tables.stride(0), min_query_len, sliding_window, shape[2]),
     )
+
+
+@cache
+def _variant(*facts: Any) -> Variant:
+    """facts: prefill_choice's arguments."""
+    config, constants = prefill_choice(*facts)
+    return Variant(_prefill_kernel, config, **constants)
 
 
 def _run(**step: Any) -> Tensors:

@@ -1,4 +1,7 @@
-"""Block sizes of the prefill attention kernel where no tuned table says others: what fits without spills."""
+"""What the prefill attention kernel is compiled for.
+
+Block sizes, where no tuned table says others, are what fits without spills.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,9 +10,15 @@ from typing import Any
 
 import torch
 
-from halimede.kernels.gpu.attention_prefill_checks import require
+from halimede.kernels.gpu.attention_prefill_checks import (
+    check_caches,
+    check_queries,
+    check_scales,
+    require,
+)
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, pick_config
+from halimede.kernels.variant_key import Layout
 
 _SMALLEST_PART = 16
 # Triton spreads a product with more columns than rows over warps in a way that computes scores repeatedly.
@@ -27,34 +36,48 @@ def head_parts(head_dim: int) -> tuple[int, int]:
     return main, rest
 
 
-def prefill_constants(
-    target: Target, q: torch.Tensor, k_cache: torch.Tensor, k_scale: torch.Tensor | None
-) -> dict[str, Any]:
-    """The kernel's constants that follow from shapes and dtypes."""
-    main, rest = head_parts(q.shape[2])
-    return {
-        "Q_STRIDE": q.stride(0),
-        "SCALE_PER_TENSOR": k_scale is not None and k_scale.dim() == 1,
-        "SCALE_PER_TOKEN": k_scale is not None and k_scale.dim() == 3,
+def prefill_choice(
+    target: Target,
+    num_tokens: int,
+    q: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]],
+    caches: tuple[Layout, Layout],
+    scales: tuple[Layout | None, Layout | None],
+    sinks: Layout | None,
+    options: tuple[bool, bool, bool],
+) -> tuple[KernelConfig, dict[str, Any]]:
+    """The tuned config, or default_config's, and the kernel's other constants. Checks all but num_tokens.
+
+    num_tokens: see tuned_bucket. q: dtype, shape without T, strides. caches, scales: k's and v's. options:
+    causal, and whether there are a sliding window and a softcap.
+    """
+    check_queries(*q)
+    dtype, (heads, head_dim), strides = q
+    check_caches(dtype, heads, head_dim, *caches, sinks)
+    check_scales(caches[0], *scales)
+    main, rest = head_parts(head_dim)
+    cache_dtype, (_, kv_heads, block_size, _), _ = caches[0]
+    causal, has_window, has_softcap = options
+    is_plain = not has_window and not has_softcap
+    config = pick_config(
+        "attention_prefill",
+        target,
+        f"{dtype},{cache_dtype},{head_dim},{block_size},{'plain' if is_plain else 'masked'}",
+        num_tokens,
+        lambda: default_config(target, dtype, cache_dtype, head_dim, block_size, is_plain),
+    )
+    scale_dims = 0 if scales[0] is None else len(scales[0][1])
+    return config, {
+        "CAUSAL": causal,
+        "Q_STRIDE": strides[0],
+        "SCALE_PER_TENSOR": scale_dims == 1,
+        "SCALE_PER_TOKEN": scale_dims == 3,
         "NATIVE": target.native_e4m3,
-        "GROUP": q.shape[1] // k_cache.shape[1],
-        "KV_HEADS": k_cache.shape[1],
-        "BLOCK_SIZE": k_cache.shape[2],
+        "GROUP": heads // kv_heads,
+        "KV_HEADS": kv_heads,
+        "BLOCK_SIZE": block_size,
         "MAIN": main,
         "REST": rest,
     }
-
-
-def prefill_config(target: Target, q: torch.Tensor, k_cache: torch.Tensor, *, is_plain: bool) -> KernelConfig:
-    """The tuned config, or default_config's."""
-    head_dim, block_size = q.shape[2], k_cache.shape[2]
-    return pick_config(
-        "attention_prefill",
-        target,
-        f"{q.dtype},{k_cache.dtype},{head_dim},{block_size},{'plain' if is_plain else 'masked'}",
-        q.shape[0],
-        lambda: default_config(target, q.dtype, k_cache.dtype, head_dim, block_size, is_plain),
-    )
 
 
 def default_config(

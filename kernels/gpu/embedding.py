@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from halimede.errors import KernelError
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
@@ -63,30 +63,33 @@ def embed(
     weight: [V, hidden]. scale: before it is rounded. KernelError for other shapes and types.
     """
     dtype = dtype or weight.dtype
-    if input_ids.dim() != 1 or input_ids.dtype != torch.int64 or not input_ids.is_contiguous():
+    ids_shape = input_ids.shape
+    if len(ids_shape) != 1 or input_ids.dtype != torch.int64 or not input_ids.is_contiguous():
         raise KernelError(
-            f"embed takes contiguous ids (T) int64; they are {input_ids.dtype} {tuple(input_ids.shape)}"
+            f"embed takes contiguous ids (T) int64; they are {input_ids.dtype} {tuple(ids_shape)}"
         )
-    if weight.dim() != 2 or not weight.is_contiguous() or {weight.dtype, dtype} - set(_FLOATS):
+    variant = _variant(target_of(input_ids), weight.dtype, weight.shape, weight.is_contiguous(), dtype)
+    constants, num_tokens = variant.constants, ids_shape[0]
+    hidden = constants["HIDDEN"]
+    y = weight.new_empty((num_tokens, hidden), dtype=dtype)
+    grid = num_tokens, -(-hidden // constants["BLOCK"])
+    variant.start(grid, input_ids, weight, y, _rounded(scale, weight.dtype))
+    return y
+
+
+@cache
+def _variant(
+    target: Target, weight_dtype: torch.dtype, shape: tuple[int, ...], contiguous: bool, dtype: torch.dtype
+) -> Variant:
+    """shape, contiguous: of the weight. dtype: of y."""
+    if len(shape) != 2 or not contiguous or {weight_dtype, dtype} - set(_FLOATS):
         raise KernelError(
             f"embed takes a contiguous weight [V, hidden] of 16 or 32 bit floats and gives the same; it is "
-            f"{weight.dtype} {tuple(weight.shape)}, to become {dtype}"
+            f"{weight_dtype} {tuple(shape)}, to become {dtype}"
         )
-    (vocab_size, hidden), target = weight.shape, target_of(input_ids)
-    y = torch.empty((input_ids.shape[0], hidden), dtype=dtype, device=weight.device)
-    config = pick_config("embed", target, f"{weight.dtype}", hidden, lambda: _heuristic(target, hidden))
-    launch(
-        _embed_kernel,
-        (input_ids.shape[0], -(-hidden // config.blocks["BLOCK"])),
-        input_ids,
-        weight,
-        y,
-        _rounded(scale, weight.dtype),
-        config=config,
-        VOCAB_SIZE=vocab_size,
-        HIDDEN=hidden,
-    )
-    return y
+    vocab_size, hidden = shape
+    config = pick_config("embed", target, f"{weight_dtype}", hidden, lambda: _heuristic(target, hidden))
+    return Variant(_embed_kernel, config, VOCAB_SIZE=vocab_size, HIDDEN=hidden)
 
 
 @cache

@@ -129,7 +129,7 @@ def _launch_layer_norm(
         size,
         lambda: KernelConfig({"BLOCK": block}, num_warps=row_warps(block, target), num_stages=1),
     )
-    unit, (stride,) = aligned_strides(x, 0)
+    unit, (stride,) = aligned_strides(x.shape[:1], x.stride(), x.dtype)
     launch(
         _layer_norm_kernel,
         (x.shape[0],),

@@ -8,6 +8,7 @@ Rounding is kernels/norm.py's: with a weight of x's dtype the norm is rounded be
 wider one (Gemma) after it. The sum of x and residual is rounded to their dtype, as the residual is kept.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels.gpu.rows import aligned_strides, row_warps
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
 from halimede.kernels.target import Target
@@ -72,7 +73,7 @@ def _rms_norm_kernel(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Norm x (T, hidden) or (T, H, hidden) by weight (hidden); contiguous, of x's shape and dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     _launch_norm(x, None, weight, y, eps)
     return y
 
@@ -84,7 +85,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
             f"add_rms_norm needs a contiguous residual like x, {tuple(x.shape)} {x.dtype}; it is "
             f"{tuple(residual.shape)} {residual.dtype}"
         )
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     _launch_norm(x, residual, weight, y, eps)
     return y
 
@@ -92,19 +93,25 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 def _launch_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, y: torch.Tensor, eps: float
 ) -> None:
-    size = x.shape[-1]
-    if weight.shape != (size,) or x.dim() not in (2, 3) or x.stride(-1) != 1 or size > _LARGEST_ROW:
+    shape, strides = x.shape, x.stride()
+    size = shape[-1]
+    if weight.shape != (size,) or len(shape) not in (2, 3) or strides[-1] != 1 or size > _LARGEST_ROW:
         raise KernelError(
             f"rms_norm takes (T, hidden) or (T, H, hidden) with unit stride and a weight (hidden), hidden at "
-            f"most {_LARGEST_ROW}; got {tuple(x.shape)} with strides {x.stride()} and {tuple(weight.shape)}"
+            f"most {_LARGEST_ROW}; got {tuple(shape)} with strides {strides} and {tuple(weight.shape)}"
         )
-    target = target_of(x)
-    config = pick_config("rms_norm", target, f"{x.dtype}", size, lambda: _heuristic(size, target))
+    unit, (outer_stride, *inner_stride) = aligned_strides(shape[:-1], strides, x.dtype)
+    variant = _variant(
+        target_of(x),
+        (x.dtype, weight.dtype),
+        size,
+        shape[1] if inner_stride else 1,
+        unit,
+        residual is not None,
+    )
     num_rows = y.numel() // size
-    unit, (outer_stride, *inner_stride) = aligned_strides(x, *range(x.dim() - 1))
-    launch(
-        _rms_norm_kernel,
-        (triton.cdiv(num_rows, config.blocks["ROWS"]),),
+    variant.start(
+        (-(-num_rows // variant.constants["ROWS"]),),
         x,
         y if residual is None else residual,
         weight,
@@ -112,13 +119,17 @@ def _launch_norm(
         eps,
         num_rows,
         outer_stride,
-        *(inner_stride or [0]),
-        config=config,
-        UNIT=unit,
-        INNER=1 if x.dim() == 2 else x.shape[1],
-        SIZE=size,
-        ADD=residual is not None,
+        *(inner_stride or (0,)),
     )
+
+
+@cache
+def _variant(
+    target: Target, dtypes: tuple[torch.dtype, torch.dtype], size: int, inner: int, unit: int, add: bool
+) -> Variant:
+    """dtypes: of x and weight. inner: heads. unit: see aligned_strides."""
+    config = pick_config("rms_norm", target, f"{dtypes[0]}", size, lambda: _heuristic(size, target))
+    return Variant(_rms_norm_kernel, config, UNIT=unit, INNER=inner, SIZE=size, ADD=add)
 
 
 def _heuristic(size: int, target: Target) -> KernelConfig:

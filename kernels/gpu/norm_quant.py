@@ -128,7 +128,7 @@ def _launch_norm_quant(
         size,
         lambda: KernelConfig({"BLOCK": block}, num_warps=row_warps(block, target), num_stages=1),
     )
-    unit, (stride,) = aligned_strides(x, 0)
+    unit, (stride,) = aligned_strides(x.shape[:1], x.stride(), x.dtype)
     launch(
         _rms_norm_quant_kernel,
         (x.shape[0],),

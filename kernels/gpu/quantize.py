@@ -222,7 +222,7 @@ def per_token_quant(
     size = x.shape[1]
     output = quant_output(x, size, dtype, group_size, scale)
     config = quant_config("per_token_quant", x, size, output)
-    unit, (stride,) = aligned_strides(x, 0)
+    unit, (stride,) = aligned_strides(x.shape[:1], x.stride(), x.dtype)
     launch(
         _quantize_kernel,
         (x.shape[0], triton.cdiv(size, config.blocks["BLOCK"])),

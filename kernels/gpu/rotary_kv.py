@@ -18,6 +18,7 @@ Everything is float32 until the one rounding to q's or the cache's dtype. kernel
 between norm and rotation, if the weight has x's dtype. Of qkv only q is changed: nobody reads its k again.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,13 +27,12 @@ import triton.language as tl
 
 from halimede.kernels.gpu import rotary_kv_cases as cases
 from halimede.kernels.gpu.float8 import E4M3_MAX, float32_to_e4m3
-from halimede.kernels.gpu.rotary_kv_checks import check_caches, check_tables, check_tokens, check_weights
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.gpu.rotary_kv_checks import check_tokens
+from halimede.kernels.gpu.rotary_kv_config import write_choice
+from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
-from halimede.kernels.target import Target
-from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
+from halimede.kernels.variant_key import layout, tuned_bucket
 
-_CACHES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 INT8_MAX = tl.constexpr(127.0)
 # For a head of zeros: neither the scale nor its inverse may be 0.
 SMALLEST_MAX = tl.constexpr(1e-20)
@@ -269,64 +269,39 @@ def qk_norm_rotary_kv_write(
     k_cache, v_cache: [N, K, B, D], of any 16 or 32 bit float; or float8_e4m3fn or int8, which need k_scale
     and v_scale float32: those of shape (1) are used, those [N, K, B] are written.
     """
-    check_tokens(qkv, positions, slot_mapping, num_heads + 2 * num_kv_heads, k_cache.shape[-1])
-    check_tables(cos, sin, k_cache.shape[-1])
-    check_weights(q_weight, k_weight, k_cache.shape[-1], qkv.dtype)
-    check_caches((k_cache, v_cache), (k_scale, v_scale), num_kv_heads)
-    args = (qkv, positions, cos, sin, slot_mapping, _storage(k_cache), _storage(v_cache))
-    constants = {
-        "NUM_HEADS": num_heads,
-        "NUM_KV_HEADS": num_kv_heads,
-        "HEAD_DIM": k_cache.shape[3],
-        "TOKEN_STRIDE": qkv.stride(0),
-        "BLOCK_SIZE": k_cache.shape[2],
-        "HALF": 0 if cos is None else cos.shape[1],
-        "INTERLEAVED": interleaved,
-        "NORM": q_weight is not None,
-        "CACHE": _CACHES.get(k_cache.dtype, "float"),
-        "PER_HEAD": k_scale is not None and k_scale.dim() == 3,
-    }
-    _launch((*args, q_weight, k_weight, k_scale, v_scale, eps), constants)
+    target, shape = target_of(qkv), qkv.shape
+    num_tokens = shape[0] if shape else 0
+    variant = _variant(
+        target,
+        tuned_bucket("qk_norm_rotary_kv_write", target, num_tokens),
+        (qkv.dtype, shape[1:], qkv.stride()),
+        (num_heads, num_kv_heads),
+        (layout(k_cache), layout(v_cache)),
+        (layout(k_scale), layout(v_scale)),
+        (layout(cos), layout(sin), interleaved),
+        (layout(q_weight), layout(k_weight)),
+    )
+    check_tokens(positions, slot_mapping, num_tokens)
+    rows = variant.constants["ROWS"]
+    tiles = 2 * -(-num_tokens * num_kv_heads // rows)
+    if cos is not None or q_weight is not None:
+        tiles += -(-num_tokens * num_heads // rows)
+    caches = _storage(k_cache), _storage(v_cache)
+    weights_and_scales = q_weight, k_weight, k_scale, v_scale
+    variant.start(
+        (tiles,), qkv, positions, cos, sin, slot_mapping, *caches, *weights_and_scales, eps, num_tokens
+    )
 
 
 def _storage(cache: torch.Tensor) -> torch.Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
-def _launch(args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    qkv, num_tokens, head_dim, half = args[0], args[0].shape[0], constants["HEAD_DIM"], constants["HALF"]
-    target, turned = target_of(qkv), half * (1 + constants["INTERLEAVED"])
-    parts = [part for part in (turned, head_dim - 2 * half) if part]
-    config = pick_config(
-        "qk_norm_rotary_kv_write",
-        target,
-        f"{qkv.dtype},{head_dim}",
-        num_tokens,
-        lambda: _heuristic(target, head_dim, parts),
-    )
-    rows = config.blocks["ROWS"]
-    tiles = 2 * -(-num_tokens * constants["NUM_KV_HEADS"] // rows)
-    if half or constants["NORM"]:
-        tiles += -(-num_tokens * constants["NUM_HEADS"] // rows)
-    launch(
-        _qk_norm_rotary_kv_write_kernel,
-        (tiles,),
-        *args,
-        num_tokens,
-        config=config,
-        NATIVE=target.native_e4m3,
-        **constants,
-    )
-
-
-def _heuristic(target: Target, head_dim: int, parts: list[int]) -> KernelConfig:
-    """A thread has 16 bytes of each part of a head, at most 64 elements. parts: elements loaded as one."""
-    widest, narrowest = next_power_of_2(max(parts)), next_power_of_2(min(parts))
-    rows = max(1, 1024 // widest)
-    num_warps = max(1, min(128, rows * narrowest // 8) // target.warp_size)
-    threads = num_warps * target.warp_size
-    rows = min(max(rows, 8 * threads // narrowest), max(1, 64 * threads // next_power_of_2(head_dim)))
-    return KernelConfig({"ROWS": rows}, num_warps=num_warps, num_stages=1)
+@cache
+def _variant(*facts: Any) -> Variant:
+    """facts: write_choice's arguments."""
+    config, constants = write_choice(*facts)
+    return Variant(_qk_norm_rotary_kv_write_kernel, config, **constants)
 
 
 def _run(**given: Any) -> Tensors:

@@ -8,19 +8,22 @@ MAX_WARPS = 16
 """1024 threads, the most of a program, where a warp has 64."""
 
 
-def aligned_strides(x: torch.Tensor, *dims: int) -> tuple[int, tuple[int, ...]]:
-    """(unit, the strides of those dimensions of x in units).
+def aligned_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, list[int]]:
+    """(unit, the strides of the dimensions in `shape` in units).
 
     A stride that varies is no constant of the kernel, so the compiler could not know that rows begin at
     multiples of 16 bytes and would load element by element. As a number of units, multiplied by a constant
     unit, it can: unit is 16 bytes of elements, or 1 if a stride is not a multiple of that.
     """
     # The stride of a dimension of size 1 says nothing, and torch may give any.
-    strides = [x.stride(dim) if x.shape[dim] > 1 else 0 for dim in dims]
-    unit = 16 // x.element_size()
-    if any(stride % unit for stride in strides):
-        unit = 1
-    return unit, tuple(stride // unit for stride in strides)
+    used = [stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=False)]
+    unit = 16 // dtype.itemsize
+    for stride in used:
+        if stride % unit:
+            return 1, used
+    return unit, [stride // unit for stride in used]
 
 
 def row_warps(num_elements: int, target: Target) -> int:

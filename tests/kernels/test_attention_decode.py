@@ -119,6 +119,7 @@ def test_choices_of_other_targets_are_right(
 ) -> None:
     heuristic = attention_decode.heuristic
     monkeypatch.setattr(attention_decode, "heuristic", lambda _, *rest: heuristic(TARGETS[target], *rest))
+    monkeypatch.setattr(attention_decode, "_variant", attention_decode._variant.__wrapped__)  # not cached
     torch.manual_seed(0)
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": head_dim}
     shapes = {"heads": 2, "kv_heads": 1, "head_dim": head_dim, "cache_dtype": cache_dtype}

@@ -7,7 +7,7 @@ import torch
 from kernel_parity import check_case
 
 from halimede.errors import KernelError
-from halimede.kernels.gpu import attention_prefill_config
+from halimede.kernels.gpu import attention_prefill, attention_prefill_config
 from halimede.kernels.gpu.attention_cases import make_step
 from halimede.kernels.gpu.attention_prefill import SPECS, paged_attention_prefill
 from halimede.kernels.spec import Case
@@ -165,3 +165,4 @@ def _use_tiles(
 ) -> None:
     config = KernelConfig({"BLOCK_M": block_m, "BLOCK_N": block_n, "V_PARTS": v_parts, "PIECE": piece})
     monkeypatch.setattr(attention_prefill_config, "default_config", lambda *_: config)
+    monkeypatch.setattr(attention_prefill, "_variant", attention_prefill._variant.__wrapped__)  # not cached

@@ -42,8 +42,11 @@ def warmed_for(folder: Path, target: str, **settings: Any) -> _ByKey:
 def used_by(folder: Path, target: str, batches: tuple[int, ...] = BATCHES, **settings: Any) -> _ByKey:
     """By key, what the scenarios launch."""
     used: _ByKey = {}
+    orders: dict[str, tuple[str, ...]] = {}
 
     def note(launch: Launch) -> None:
+        # Launches are told apart by the values of constants alone, which must have one order.
+        assert orders.setdefault(launch.kernel.__name__, tuple(launch.constants)) == tuple(launch.constants)
         one = launch.specialise(find_target(target))
         used.setdefault(one.key, one)
 
@@ -55,9 +58,20 @@ def used_by(folder: Path, target: str, batches: tuple[int, ...] = BATCHES, **set
     return used
 
 
+def numbers_that_are_specialised(one: Specialisation) -> list[str]:
+    """Arguments for whose values Triton would make other code."""
+    fixed = {parameter.name for parameter in one.kernel.params if parameter.is_constexpr}
+    return [
+        name
+        for name, kind in one.signature.items()
+        if (kind[0] in "iu" and ":" in kind) or (name not in fixed and one.constants.get(name) is not None)
+    ]
+
+
 def check(warmed: _ByKey, used: _ByKey, name: str) -> None:
     missing = [describe(one) for key, one in used.items() if key not in warmed]
     assert not missing
+    assert not [describe(one) for one in warmed.values() if numbers_that_are_specialised(one)]
     unused = [describe(one) for key, one in warmed.items() if key not in used]
     share = len(unused) / len(warmed)
     print(f"{name}: {len(warmed)} kernels warmed, {len(unused)} ({share:.0%}) in no scenario")

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels import inspect
-from halimede.kernels.compile import Build, compile_case, plan_case
+from halimede.kernels.compile import compile_case, plan_case
+from halimede.kernels.compiler import Build
 from halimede.kernels.gate import measure
 from halimede.kernels.inspect import inspect_build, sass
 from halimede.kernels.kernel_source import kernel_source

@@ -261,3 +261,21 @@ def test_local_models_need_no_hub_client(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_dummy_of_a_config_alone(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(CONFIG))
+    files = resolve_model(str(path), load_format="dummy")
+    assert (files.format, files.weights, files.config) == ("dummy", (), CONFIG)
+    with pytest.raises(ModelLoadError, match=r"is a file but not a \.gguf"):
+        resolve_model(str(path))
+
+
+def test_dummy_takes_its_configuration_from_where_auto_does(tmp_path: Path, smollm2_gguf: Path) -> None:
+    """A directory with a config.json and GGUF weights runs by the GGUF's metadata."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.gguf").symlink_to(smollm2_gguf)
+    assert resolve_model(str(tmp_path), load_format="dummy").config == resolve_model(str(tmp_path)).config
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve_model(str(tmp_path), load_format="dummy").config == CONFIG
