@@ -103,8 +103,11 @@ def check_options(
     heads: int, cache: Layout, sinks: Layout | None, scales: tuple[Layout | None, Layout | None]
 ) -> None:
     """Sinks and scales (k's, v's), for a cache that has been checked."""
-    if sinks is not None and sinks[:2] != (torch.float32, (heads,)):
-        raise KernelError(f"sinks must be float32 ({heads},); they are {sinks[0]} {tuple(sinks[1])}")
+    if sinks is not None and sinks != (torch.float32, (heads,), True):
+        raise KernelError(
+            f"sinks must be contiguous float32 ({heads},); they are {sinks[0]} {tuple(sinks[1])}"
+            + ("" if sinks[2] else ", not contiguous")
+        )
     cache_dtype, cache_shape, _ = cache
     shapes = ((1,), tuple(cache_shape[:3])) if cache_dtype in CODES else (None,)
     given = tuple(None if scale is None else tuple(scale[1]) for scale in scales)

@@ -139,6 +139,7 @@ def test_choices_of_other_targets_are_right(
         ({"block_tables": torch.zeros(2, 4, dtype=torch.int32)}, "block_tables must be int32"),
         ({"sliding_window": 7}, "make a plan"),
         ({"sinks": torch.zeros(3)}, "sinks must be"),
+        ({"sinks": torch.zeros(4, 2)[:, 0]}, "not contiguous"),
         ({"k_scale": torch.ones(1), "v_scale": torch.ones(1)}, "k_scale and v_scale"),
     ],
 )
