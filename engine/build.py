@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from halimede.engine.config import EngineConfig
 from halimede.engine.core import EngineCore
+from halimede.engine.executor.base import Executor
 from halimede.engine.executor.device import resolve_device
 from halimede.engine.executor.local import LocalExecutor
 from halimede.engine.executor.settings import resolve_settings
@@ -35,7 +36,7 @@ def open_model(config: EngineConfig) -> tuple[ModelFiles, ModelConfig]:
 
 def build_core(
     config: EngineConfig, files: ModelFiles, model_config: ModelConfig
-) -> tuple[EngineCore, LocalExecutor]:
+) -> tuple[EngineCore, Executor]:
     """Load the weights in this process and set up the KV cache and the scheduler over it.
 
     KernelCacheError under jit="forbid" if a kernel that serving may need on the GPU is not in the cache.

@@ -1,8 +1,11 @@
 """The seam between the engine's core and whatever runs a step. Imports no torch."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
+
+if TYPE_CHECKING:  # Triton need not be installed
+    from halimede.kernels.library import KernelCounters
 
 
 class Executor(Protocol):
@@ -19,6 +22,11 @@ class Executor(Protocol):
     @property
     def max_model_len(self) -> int:
         """As decided when the executor was made."""
+        ...
+
+    @property
+    def kernel_counters(self) -> "KernelCounters | None":
+        """What the kernel cache and the compiler had to do; None where no kernels are compiled."""
         ...
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:

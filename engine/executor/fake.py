@@ -48,6 +48,7 @@ class FakeExecutor:
     def __init__(self, num_blocks: int, vocab_size: int, max_model_len: int, block_size: int = 16) -> None:
         self.num_blocks = num_blocks
         self.max_model_len = max_model_len
+        self.kernel_counters = None
         self.steps: list[SchedulerOutput] = []
         self._vocab_size = vocab_size
         self._block_size = block_size

@@ -104,7 +104,7 @@ class LocalExecutor:
 
     @property
     def kernel_counters(self) -> "KernelCounters | None":
-        """What the kernel cache and the compiler had to do; None where no kernels are compiled."""
+        """See Executor.kernel_counters."""
         return None if self._kernels is None else self._kernels.library.counters
 
     def _kernels_in_use(self) -> contextlib.AbstractContextManager[None]:

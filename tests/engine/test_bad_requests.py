@@ -139,6 +139,7 @@ class FlakyExecutor:
     def __init__(self, inner: Executor) -> None:
         self.inner, self.raises, self.spoil = inner, None, False
         self.num_blocks, self.max_model_len = inner.num_blocks, inner.max_model_len
+        self.kernel_counters = inner.kernel_counters
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         if self.raises is not None:
