@@ -77,6 +77,7 @@ def test_another_process_in_another_folder_compiles_nothing(
     assert not (tmp_path / "triton").exists()
 
 
+@pytest.mark.parametrize("warmed", ["sm_90"], indirect=True)
 def test_a_broken_kernel_cache_is_named_or_repaired(
     warmed: tuple[str, Path], stub_libraries: dict[Backend, Path], tmp_path: Path
 ) -> None:
