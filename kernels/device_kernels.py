@@ -103,7 +103,8 @@ class DeviceKernels:
         if start is None:
             plan = self._resolve(specialise(kernel, args, constants, config, self._target), len(values))
             start = self._plans[key] = plan.launch
-        self._start(self._index, start, grid, values)
+        # A plan takes other numbers of sizes too, but more slowly.
+        self._start(self._index, start, grid if len(grid) == 3 else (*grid, 1, 1)[:3], values)
 
     def preload(self, specialisations: Iterable[Specialisation]) -> list[Specialisation]:
         """Load those that the cache has; returns the others. Compiles nothing."""
