@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halimede.errors import KernelError
-from halimede.kernels.device_kernels import DeviceKernels, device_kernels
+from halimede.kernels.device_kernels import device_kernels
 from halimede.kernels.library import current_library
 from halimede.kernels.specialise import Specialisation, specialise
 from halimede.kernels.target import TARGETS, Target, target_of_device
@@ -87,8 +87,7 @@ class Variant:
         """As `launch`. args: of the same types as ever, None where they were None, numbers within 32 bits."""
         interception = _interception.get()
         if interception is None and args[0].is_cuda:
-            kernels = _device_kernels(args[0].device)
-            kernels.start(self, grid, args)
+            device_kernels(current_library(), args[0].device).start(self, grid, args)
         else:
             _launch(interception, self.kernel, grid, args, self.config, self.constants)
 
@@ -119,16 +118,10 @@ def _launch(
         return
     device = args[0].device
     if device.type == "cuda":
-        _device_kernels(device).launch(kernel, grid, args, config, constants)
+        device_kernels(current_library(), device).launch(kernel, grid, args, config, constants)
         return
     if device.type != "cpu":
         raise KernelError(f"{kernel.__name__} was given tensors on {device}, where no kernel runs")
     from halimede.kernels.interpret import interpret
 
     interpret(kernel, grid, args, dict(constants))
-
-
-def _device_kernels(device: torch.device) -> DeviceKernels:
-    library = current_library()
-    found = library.devices.get(device.index)
-    return device_kernels(library, device) if found is None else found
