@@ -79,9 +79,25 @@ def tuned_table(target: str) -> Table:
 
 def tuned_sizes(target: Target) -> tuple[int, ...]:
     """Sizes that together meet every bucket of every kernel in the target's table, ascending."""
-    kernels = tuned_table(target.name).values()
-    buckets = {size for keys in kernels for entries in keys.values() for size, _ in entries}
+    buckets = {size for keys in tuned_table(target.name).values() for size in _buckets(keys)}
     return tuple(sorted(buckets | {size + 1 for size in buckets}))
+
+
+def tuned_bucket(kernel: str, target: Target, size: int) -> int:
+    """A size for which pick_config chooses as it does for `size`, whatever its key: one of a few.
+
+    For a size that varies from step to step, of which a variant for each would be too many.
+    """
+    tuned = tuned_table(target.name).get(kernel)
+    if not tuned:
+        return 0
+    buckets = sorted(_buckets(tuned))
+    return buckets[min(bisect.bisect_left(buckets, size), len(buckets) - 1)]
+
+
+def _buckets(keys: Mapping[str, tuple[tuple[int, KernelConfig], ...]]) -> set[int]:
+    """Of all keys of a kernel."""
+    return {size for entries in keys.values() for size, _ in entries}
 
 
 def read_table(path: Path) -> Table:

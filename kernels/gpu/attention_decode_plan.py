@@ -20,8 +20,7 @@ from halimede.kernels.gpu.attention_cases import ROWS, make_step
 from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
 from halimede.kernels.target import Target
-from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config
-from halimede.kernels.variant_key import tuned_bucket
+from halimede.kernels.tuning import KernelConfig, next_power_of_2, pick_config, tuned_bucket
 
 
 @dataclass(frozen=True, slots=True)

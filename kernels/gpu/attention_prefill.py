@@ -30,7 +30,8 @@ from halimede.kernels.gpu.attention_prefill_config import prefill_choice
 from halimede.kernels.gpu.attention_tiles import find_row, load_blocks, load_tile
 from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
-from halimede.kernels.variant_key import layout, tuned_bucket
+from halimede.kernels.tuning import tuned_bucket
+from halimede.kernels.variant_key import layout
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Finite, so that the difference of two such maxima is 0 and not NaN: a tile may be hidden from a token.

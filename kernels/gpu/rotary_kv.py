@@ -31,7 +31,8 @@ from halimede.kernels.gpu.rotary_kv_checks import check_tokens
 from halimede.kernels.gpu.rotary_kv_config import write_choice
 from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
-from halimede.kernels.variant_key import layout, tuned_bucket
+from halimede.kernels.tuning import tuned_bucket
+from halimede.kernels.variant_key import layout
 
 INT8_MAX = tl.constexpr(127.0)
 # For a head of zeros: neither the scale nor its inverse may be 0.

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from halimede.errors import KernelError
-from halimede.kernels import tuning, variant_key
+from halimede.kernels import tuning
 from halimede.kernels.gpu import (
     activation,
     attention_decode,
@@ -30,8 +30,7 @@ from halimede.kernels.gpu.rotary_kv_cases import make_tokens
 from halimede.kernels.launch import Variant, intercepting
 from halimede.kernels.specialise import specialise
 from halimede.kernels.target import TARGETS, Target
-from halimede.kernels.tuning import KernelConfig, pick_config
-from halimede.kernels.variant_key import tuned_bucket
+from halimede.kernels.tuning import KernelConfig, pick_config, tuned_bucket
 
 META = torch.device("meta")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -376,7 +375,6 @@ def test_a_bucket_stands_for_every_size_that_has_its_config(monkeypatch: pytest.
         return tuple((bucket, KernelConfig({"BLOCK": bucket})) for bucket in buckets)
 
     tables = {"sm_90": {"k": {"a": entries(3, 40, 300), "b": entries(16), "c": entries(2, 40, 41)}}}
-    monkeypatch.setattr(variant_key, "tuned_table", lambda name: tables.get(name, {}))
     monkeypatch.setattr(tuning, "tuned_table", lambda name: tables.get(name, {}))
     target, default = TARGETS["sm_90"], KernelConfig({})
     for key, size in itertools.product("abcd", range(400)):
