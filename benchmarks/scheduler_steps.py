@@ -100,19 +100,28 @@ class InstantExecutor:
     def __init__(self, num_blocks: int, max_model_len: int) -> None:
         self.num_blocks = num_blocks
         self.max_model_len = max_model_len
+        self.max_steps_in_flight = 1
+        self.kernel_counters = None
         self.seconds = 0.0
+        self._result = ModelRunnerOutput({})
         self._tokens = [(token,) for token in random.Random(1).choices(range(_NUM_TOKENS), k=4096)]
         self._step = 0
 
-    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+    def launch(self, output: SchedulerOutput) -> None:
         """Run one step; its time is no part of the engine's."""
         start = time.perf_counter()
         self._step += 1
         token, tokens = 7 * self._step, self._tokens
         sampled = {row[0]: tokens[(token + row[0]) & 4095] for row in output.scheduled if row.needs_sample}
-        result = ModelRunnerOutput(sampled)
+        self._result = ModelRunnerOutput(sampled)
         self.seconds = time.perf_counter() - start
-        return result
+
+    def collect(self) -> ModelRunnerOutput:
+        """What the step gave."""
+        return self._result
+
+    def abandon(self) -> None:
+        """Nothing is in flight."""
 
     def shutdown(self) -> None:
         """Nothing to free."""

@@ -73,6 +73,15 @@ class EngineConfig(KeywordChecked):
     )
     tensor_parallel_size: int = _option(1, "Number of GPUs that share each layer.")
     enforce_eager: bool = _option(False, "Never capture GPU graphs.")
+    lazy_graph_capture: bool = _option(
+        False, "Capture a GPU graph when steps of its size come, not all of them at the start."
+    )
+    async_scheduling: bool = _option(
+        True, "On a GPU: schedule and launch a step while the one before it still runs."
+    )
+    profile: str | None = _option(
+        None, "Folder for traces of torch's profiler, one of each generate(), chat() or benchmark run."
+    )
     seed: int = _option(0, "Seed of requests that have none of their own.")
     max_model_len: int | None = _option(
         None,
@@ -98,7 +107,7 @@ class EngineConfig(KeywordChecked):
     max_logprobs: int = _option(20, "Most log-probabilities a request may ask per token; -1: no limit.")
 
     def __post_init__(self) -> None:
-        for name in ("tokenizer", "chat_template", "download_dir", "kernel_cache_dir"):
+        for name in ("tokenizer", "chat_template", "download_dir", "kernel_cache_dir", "profile"):
             if isinstance(getattr(self, name), PathLike):
                 object.__setattr__(self, name, fspath(getattr(self, name)))
         spelled = str(self.dtype).removeprefix("torch.")  # torch.bfloat16, and vLLM's short names

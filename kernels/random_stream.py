@@ -8,13 +8,10 @@ random bits on every device, and on a CPU costs half of torch's exponential_. (t
 do anyway: it keeps 32 bits of its seed, so different requests could share their noise.)
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
-_MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 # (shift, multiplier) rounds of the SplitMix64 finalizer, then a last shift.
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -23,10 +20,11 @@ _LAST_SHIFT = 31
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-24
 
 
-def stream_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
-    """Where the streams of (seed, position) pairs start: int64 (len(keys)); a seed may be any integer."""
-    starts = [_mix(_mix(_MASK64 & (seed + _GAMMA)) ^ position) for seed, position in keys]
-    return torch.from_numpy(np.array(starts, dtype=np.uint64).view(np.int64)).to(device)
+def stream_keys(keys: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Where the streams of keys (L, 2), pairs of seed (modulo 2^64) and position, start: int64 (L)."""
+    seeds, positions = keys.view(np.uint64).T
+    starts = _mix(_mix(seeds + np.uint64(_GAMMA)) ^ positions)
+    return torch.from_numpy(starts.view(np.int64)).to(device)
 
 
 def exponential_noise(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -42,13 +40,8 @@ def exponential_noise(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Te
 
 def _cpu_bits(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """What torch_bits returns, in less than half the time."""
-    z: npt.NDArray[np.uint64] = token_ids.numpy().view(np.uint64) * np.uint64(_GAMMA)
-    z = z + starts.numpy().view(np.uint64)
-    for shift, multiplier in _ROUNDS:
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(multiplier)
-    z ^= z >> np.uint64(_LAST_SHIFT)
-    return torch.from_numpy((z >> np.uint64(32)).astype(np.float32))
+    z = token_ids.numpy().view(np.uint64) * np.uint64(_GAMMA) + starts.numpy().view(np.uint64)
+    return torch.from_numpy((_mix(z) >> np.uint64(32)).astype(np.float32))
 
 
 def torch_bits(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -61,11 +54,13 @@ def torch_bits(starts: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return ((z >> 32) & 0xFFFFFFFF).float()
 
 
-def _mix(z: int) -> int:
-    """SplitMix64's finalizer, a bijection of 64-bit integers."""
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finalizer, a bijection of 64-bit integers; z, which nobody else holds, is changed."""
     for shift, multiplier in _ROUNDS:
-        z = ((z ^ (z >> shift)) * multiplier) & _MASK64
-    return z ^ (z >> _LAST_SHIFT)
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(multiplier)
+    z ^= z >> np.uint64(_LAST_SHIFT)
+    return z
 
 
 def _signed(value: int) -> int:

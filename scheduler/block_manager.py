@@ -13,8 +13,11 @@ Hit = tuple[int, CachedPrefix]
 class BlockManager:
     """Owns the blocks. Tables only grow until they are freed whole.
 
-    A full block is registered in the prefix cache when the step that fills it is scheduled: every layer
-    writes all keys and values of a step before it reads any, so a sequence of the same step may read it.
+    A full block is registered in the prefix cache once the step that fills it is scheduled and its tokens are
+    known: every layer writes all keys and values of a step before it reads any, so a sequence of the same
+    step may read it.
+
+    Who may write to a block, and when it is given back: see Scheduler.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
@@ -97,9 +100,10 @@ class BlockManager:
         return block_ids
 
     def register_full_blocks(self, sequence: Sequence) -> None:
-        """Register the blocks that the computed tokens fill and that are not registered yet."""
+        """Register the blocks that known, computed tokens fill and that are not registered yet."""
         size = self._block_size
-        while sequence.num_computed_tokens >= sequence.register_at:
+        num_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids))
+        while num_tokens >= sequence.register_at:
             end = sequence.register_at
             block_id = sequence.block_table[sequence.num_registered_blocks]
             token_ids = tuple(sequence.token_ids[end - size : end])

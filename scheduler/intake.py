@@ -1,7 +1,28 @@
-"""What a step's result says about one sequence."""
+"""What comes into the scheduler: requests, and what a step's result says about one sequence."""
 
+from halimede.errors import RequestError
+from halimede.scheduler.config import SchedulerConfig
 from halimede.scheduler.output import ModelRunnerOutput, ScheduledSequence, SequenceUpdate, TokenLogprobs
+from halimede.scheduler.request import Request
 from halimede.scheduler.sequence import Sequence
+
+
+def check_request(request: Request, config: SchedulerConfig) -> None:
+    """Raise RequestError for a request that can never run."""
+    length, name = len(request.prompt_token_ids), f"request {request.request_id!r}"
+    if length == 0:
+        raise RequestError(f"{name} has an empty prompt; give at least one token")
+    if length >= config.max_model_len:
+        raise RequestError(
+            f"the prompt of {name} has {length} tokens, but prompt and completion together are limited "
+            f"to max_model_len={config.max_model_len}; shorten the prompt or raise max_model_len"
+        )
+    if not config.enable_chunked_prefill and length > config.max_num_batched_tokens:
+        raise RequestError(
+            f"the prompt of {name} has {length} tokens, and enable_chunked_prefill=False keeps it whole, "
+            f"but a step runs max_num_batched_tokens={config.max_num_batched_tokens}; shorten it, raise "
+            "max_num_batched_tokens or set enable_chunked_prefill=True"
+        )
 
 
 def take_in(sequence: Sequence, row: ScheduledSequence, result: ModelRunnerOutput) -> SequenceUpdate | None:

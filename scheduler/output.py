@@ -23,14 +23,16 @@ class NewSequence:
 class ScheduledSequence(NamedTuple):
     """One sequence's share of a step (a named tuple: a step makes one per sequence, and it must be cheap).
 
-    token_ids: the tokens to run; their positions start at num_computed_tokens.
+    num_tokens: how many of its tokens to run, from position num_computed_tokens on. Which ones they are the
+        runner knows: those of `new`, and after them those that it sampled itself, perhaps in a step that is
+        still running.
     new_block_ids: blocks to append to the sequence's block table (all of them if `new` is given).
     needs_sample: the last token to run is the last known one, so its logits give the next token.
     new: given the first time the runner sees the sequence, and again after each preemption.
     """
 
     seq_id: int
-    token_ids: tuple[int, ...]
+    num_tokens: int
     num_computed_tokens: int
     new_block_ids: tuple[int, ...]
     needs_sample: bool
@@ -54,7 +56,7 @@ class SchedulerOutput:
     @property
     def num_tokens(self) -> int:
         """Tokens that the step runs."""
-        return sum(len(s.token_ids) for s in self.scheduled)
+        return sum(s.num_tokens for s in self.scheduled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from operator import attrgetter
 from halimede.errors import RequestError
 from halimede.scheduler.block_manager import BlockManager, Hit
 from halimede.scheduler.config import SchedulerConfig
-from halimede.scheduler.intake import take_in
+from halimede.scheduler.intake import check_request, take_in
 from halimede.scheduler.output import (
     FinishReason,
     ModelRunnerOutput,
@@ -49,7 +49,16 @@ class Scheduler:
     """Decides what each step runs, and which requests its results finish.
 
     The cycle is `output = schedule()`, run it, then `update(output, result)` or, when it could not be run,
-    `fail_step(output, reason)`; `add` and `abort` may come at any time in between.
+    `fail_step(output, reason)`; `add` and `abort` may come at any time in between. Further steps may be
+    scheduled before that: they run the tokens that those in flight sample, unseen. Then update and fail_step
+    must come in the order of the steps, and the steps must be run in that order, one after the other.
+
+    The rule that keeps blocks from being freed twice, and from being read half-written: a sequence gives its
+    blocks back in the moment it leaves the running ones (ended, aborted or preempted), whatever is in flight,
+    and never again; results for a sequence that has left are dropped, but for the tokens of a preempted one.
+    A step in flight may then still write to the blocks. Nobody sees that: only steps scheduled later, and so
+    run later, get those blocks and read no place that they or a prefix before them have not written; and the
+    place of a token that is still unknown is in no block that the prefix cache hands out.
 
     num_preemptions: preemptions so far. prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in
     the prefix cache, and found there, when requests were first scheduled.
@@ -64,7 +73,7 @@ class Scheduler:
         self._requests: dict[str, Sequence] = {}
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # ordered by key, so that the last one is the victim
-        self._registrations: dict[int, list[Hit]] = {}  # by step, until its result is known
+        self._in_flight: dict[int, list[Hit]] = {}  # by step: what it fills of the prefix cache
         self._finished: list[int] = []  # what the runner has not been told to forget yet
         self._preempted: list[int] = []  # the same, left over from a failed step
         self._next_seq_id = 0
@@ -95,7 +104,11 @@ class Scheduler:
 
     def add(self, request: Request) -> int:
         """Take a request and return its seq_id. Raises RequestError when it can never be served."""
-        self._check(request)
+        check_request(request, self._config)
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request {request.request_id!r} is already being served; give each request an id of its own"
+            )
         seq_id = self._next_seq_id
         self._next_seq_id += 1
         key = scheduling_key(self._config.policy, request, seq_id)
@@ -120,7 +133,10 @@ class Scheduler:
         return True
 
     def schedule(self) -> SchedulerOutput:
-        """Decide the next step. It is never empty while a request is unfinished.
+        """Decide the next step. It is never empty while a request is unfinished and no step is in flight.
+
+        One that is empty while others are in flight is no step: it names nobody, and is neither to be run
+        nor to be given to update.
 
         Sequences take turns by key, running ones first; but a waiting one whose rank is smaller than that
         of the next running one comes before it, and may preempt from the other end of the order. So a
@@ -141,6 +157,12 @@ class Scheduler:
                 break
             else:
                 overtaking = False
+        return self._make_output(plan)
+
+    def _make_output(self, plan: _Plan) -> SchedulerOutput:
+        if not plan.scheduled and self._in_flight:
+            self._preempted += plan.preempted
+            return SchedulerOutput(self._next_step, ())
         assert plan.scheduled or not self._sequences, "a step with nothing to run while requests wait"
         output = SchedulerOutput(
             step=self._next_step,
@@ -148,14 +170,14 @@ class Scheduler:
             finished_seq_ids=tuple(self._finished),
             preempted_seq_ids=(*self._preempted, *plan.preempted),
         )
-        self._registrations[self._next_step] = self._blocks.take_registrations()
+        self._in_flight[self._next_step] = self._blocks.take_registrations()
         self._next_step += 1
         self._finished, self._preempted = [], []
         return output
 
     def update(self, output: SchedulerOutput, result: ModelRunnerOutput) -> list[SequenceUpdate]:
         """Take in what a step produced; one update for each request that it changed."""
-        self._registrations.pop(output.step, None)
+        self._in_flight.pop(output.step, None)
         updates: list[SequenceUpdate] = []
         sampled, sequences = result.sampled_token_ids, self._sequences
         plain = not (result.errors or result.logprobs or result.prompt_logprobs)
@@ -163,9 +185,10 @@ class Scheduler:
             seq_id = row.seq_id
             sequence = sequences.get(seq_id)
             if sequence is None:
-                continue  # aborted while the step ran
+                continue  # ended while the step ran
             new = sampled.get(seq_id, ())
             token_ids = sequence.token_ids
+            sequence.num_pending_tokens -= row.needs_sample
             # The usual row, one token that ends nothing, pays for nothing else: this loop is the host's time.
             if (
                 plain
@@ -174,6 +197,8 @@ class Scheduler:
                 and len(token_ids) + 1 < sequence.max_num_tokens
             ):
                 token_ids.append(new[0])
+                if sequence.num_computed_tokens >= sequence.register_at:
+                    self._blocks.register_full_blocks(sequence)
                 fields = (sequence.request_id, new, (), (), sequence.num_cached_tokens, None, None, None)
                 updates.append(_make(SequenceUpdate, fields))
             elif row.needs_sample or not plain:
@@ -184,15 +209,21 @@ class Scheduler:
                 if update.finish_reason is not None:
                     # What a failed one computed may be as broken as its logits.
                     self._remove(sequence, keep_cached=update.error is None)
+                else:
+                    self._blocks.register_full_blocks(sequence)
+        if self._in_flight:  # what has just become known was computed, if at all, by the last of them
+            newest = next(reversed(self._in_flight.values()))
+            newest += self._blocks.take_registrations()
         return updates
 
     def fail_step(self, output: SchedulerOutput, reason: str) -> list[SequenceUpdate]:
         """End every request of a step that could not be run; the others go on.
 
         What the step was to write is taken out of the prefix cache, and what the runner was told to forget
-        is told again with the next step.
+        is told again with the next step. Of the steps that were in flight behind it none may be updated: they
+        have failed too.
         """
-        self._blocks.drop_registrations(self._registrations.pop(output.step, ()))
+        self._blocks.drop_registrations(self._in_flight.pop(output.step, ()))
         self._finished += output.finished_seq_ids
         self._preempted += output.preempted_seq_ids
         rows = (self._sequences.get(row.seq_id) for row in output.scheduled)
@@ -216,55 +247,36 @@ class Scheduler:
             assert held == 0, f"blocks and computed tokens of waiting sequence {sequence.seq_id} == 0"
         self._blocks.check_integrity(running)
 
-    def _check(self, request: Request) -> None:
-        """Raise RequestError for a request that can never run."""
-        config, length = self._config, len(request.prompt_token_ids)
-        name = f"request {request.request_id!r}"
-        if request.request_id in self._requests:
-            raise RequestError(f"{name} is already being served; give each request an id of its own")
-        if length == 0:
-            raise RequestError(f"{name} has an empty prompt; give at least one token")
-        if length >= config.max_model_len:
-            raise RequestError(
-                f"the prompt of {name} has {length} tokens, but prompt and completion together are limited "
-                f"to max_model_len={config.max_model_len}; shorten the prompt or raise max_model_len"
-            )
-        if not config.enable_chunked_prefill and length > config.max_num_batched_tokens:
-            raise RequestError(
-                f"the prompt of {name} has {length} tokens, and enable_chunked_prefill=False keeps it whole, "
-                f"but a step runs max_num_batched_tokens={config.max_num_batched_tokens}; shorten it, raise "
-                "max_num_batched_tokens or set enable_chunked_prefill=True"
-            )
-
     def _schedule_running(self, plan: _Plan, index: int, limit: float) -> int:
         """Give running sequences, from `index` on, their share; return the index of the next one.
 
-        Stops before a sequence whose rank is greater than `limit`.
+        Stops before a sequence whose rank is greater than `limit`. One whose last token a step in flight
+        samples has no share.
         """
         running, scheduled, blocks = self._running, plan.scheduled, self._blocks
         stop = None if limit == inf else bisect_right(running, limit, index, key=_by_rank)
-        num_before = len(scheduled)
         for sequence in islice(running, index, stop):  # a preemption may shorten the list meanwhile
             if not plan.budget:
                 break
             start = sequence.num_computed_tokens
-            known = sequence.token_ids
-            end = start + 1
+            num_known = len(sequence.token_ids) + sequence.num_pending_tokens
             # The usual row, one token for which there is room, pays for nothing else, as in update().
-            if end == len(known) and end <= sequence.capacity:
-                sequence.num_computed_tokens = end
-                if end >= sequence.register_at:
+            if num_known == start + 1 <= sequence.capacity and num_known < sequence.max_num_tokens:
+                sequence.num_computed_tokens = num_known
+                sequence.num_pending_tokens += 1
+                if num_known >= sequence.register_at:
                     blocks.register_full_blocks(sequence)
-                row = (sequence.seq_id, (known[start],), start, (), True, None)
-                scheduled.append(_make(ScheduledSequence, row))
+                scheduled.append(_make(ScheduledSequence, (sequence.seq_id, 1, start, (), True, None)))
                 plan.budget -= 1
-            elif not self._schedule_chunk(plan, sequence):
+            elif num_known < sequence.max_num_tokens and not self._schedule_chunk(plan, sequence):
                 break
-        return index + len(scheduled) - num_before
+            index += 1
+        return index
 
     def _schedule_chunk(self, plan: _Plan, sequence: Sequence) -> bool:
         """Give a running sequence its share of the step; False when it had to make way for others."""
-        start, num_known = sequence.num_computed_tokens, len(sequence.token_ids)
+        start = sequence.num_computed_tokens
+        num_known = len(sequence.token_ids) + sequence.num_pending_tokens
         end = min(num_known, start + plan.budget)
         new_block_ids: tuple[int, ...] | None = ()
         if end > sequence.capacity:
@@ -274,16 +286,10 @@ class Scheduler:
                     return False
                 new_block_ids = self._blocks.grow(sequence, end)
         sequence.num_computed_tokens = end
+        sequence.num_pending_tokens += end == num_known
         if end >= sequence.register_at:
             self._blocks.register_full_blocks(sequence)
-        row = (
-            sequence.seq_id,
-            tuple(sequence.token_ids[start:end]),
-            start,
-            new_block_ids,
-            end == num_known,
-            None,
-        )
+        row = (sequence.seq_id, end - start, start, new_block_ids, end == num_known, None)
         plan.scheduled.append(_make(ScheduledSequence, row))
         plan.budget -= end - start
         return True
@@ -293,6 +299,8 @@ class Scheduler:
         sequence = self._waiting.peek()
         assert sequence is not None, "nobody to admit"
         running, blocks, config = self._running, self._blocks, self._config
+        if sequence.num_pending_tokens:
+            return False  # preempted: what it goes on with is still being sampled
         if index == len(running):
             if len(running) >= config.max_num_seqs:
                 return False
@@ -338,8 +346,9 @@ class Scheduler:
         new = NewSequence(sequence.request, known, sequence.num_prompt_tokens)
         block_ids = tuple(sequence.block_table)
         needs_sample = end == len(known)
+        sequence.num_pending_tokens += needs_sample
         plan.scheduled.append(
-            ScheduledSequence(sequence.seq_id, known[start:end], start, block_ids, needs_sample, new)
+            ScheduledSequence(sequence.seq_id, end - start, start, block_ids, needs_sample, new)
         )
         plan.budget -= end - start
 

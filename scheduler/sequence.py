@@ -18,8 +18,9 @@ class Sequence:
     """The state of one request.
 
     key: its place among the others; rank, the key's first part: who may push out whom.
-    token_ids: every known token, prompt first. num_computed_tokens: those whose keys and values are in the
-        cache once the steps scheduled so far have run.
+    token_ids: every known token, prompt first. num_pending_tokens: those after them that steps in flight
+        sample. num_computed_tokens: those, of both, whose keys and values are in the cache once the steps
+        scheduled so far have run.
     num_cached_tokens: prompt tokens that the prefix cache spared when it was first scheduled.
     block_table: its blocks in order; capacity: the tokens they hold.
     parent: identity of the last block registered in the prefix cache; num_registered_blocks of the table are
@@ -39,6 +40,7 @@ class Sequence:
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_registered_blocks",
@@ -64,6 +66,7 @@ class Sequence:
         self.rank = key[0]
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.num_pending_tokens = 0
         self.num_cached_tokens = 0
         self.num_prompt_logprobs = 0
         self.was_scheduled = False

@@ -37,8 +37,10 @@ def resolve_attention_backend(name: AttentionBackend, device: torch.device) -> A
     return name
 
 
-def make_backend(name: AttentionBackend, device: torch.device, max_model_len: int) -> Backend:
-    """The Backend of a resolved attention backend."""
+def make_backend(
+    name: AttentionBackend, device: torch.device, *, max_model_len: int, max_rows: int
+) -> Backend:
+    """The Backend of a resolved attention backend, for steps of up to max_rows sequences."""
     if device.type == "cpu" and name == "torch":
         return TorchBackend()
     from halimede.engine.layers.attention_gpu import GpuBackend, TorchAttention, TritonAttention
@@ -53,7 +55,12 @@ def make_backend(name: AttentionBackend, device: torch.device, max_model_len: in
         logger.warning(
             "attention_backend='triton' on a CPU: kernels are interpreted, thousands of times slower"
         )
-    return GpuBackend(TritonAttention(max_model_len))
+    return GpuBackend(TritonAttention(max_model_len, max_rows))
+
+
+def captures_graphs(backend: AttentionBackend) -> bool:
+    """Whether steps on a GPU can be recorded as graphs: the others look at lengths on the host."""
+    return backend == "triton"
 
 
 def resolve_kv_cache_dtype(name: KVCacheDType, dtype: torch.dtype, backend: AttentionBackend) -> torch.dtype:

@@ -12,6 +12,8 @@ import torch
 from halimede.engine.config import EngineConfig
 from halimede.engine.executor.backend import make_backend
 from halimede.engine.executor.device import resolve_device
+from halimede.engine.executor.fit import make_runner
+from halimede.engine.executor.profile import StepProfiler
 from halimede.engine.executor.settings import resolve_settings
 from halimede.engine.layers.attention_step import Backend
 from halimede.engine.loader.dummy import fill_with_random_weights
@@ -20,15 +22,8 @@ from halimede.engine.loader.weights import load_weights, open_weights
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ModelConfig
 from halimede.engine.models.registry import build_model
-from halimede.engine.runner.kv_cache import (
-    KVCacheSize,
-    KVCacheSpec,
-    allocate_kv_caches,
-    size_kv_cache,
-)
-from halimede.engine.runner.memory import available_memory, cpu_kv_bytes, gpu_kv_bytes
+from halimede.engine.runner.memory import available_memory
 from halimede.engine.runner.model_runner import ModelRunner
-from halimede.engine.runner.sampler import make_sampler
 from halimede.engine.runner.settings import ExecutionSettings
 from halimede.errors import EngineDeadError
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
@@ -65,42 +60,23 @@ class LocalExecutor:
             settings.dtype,
             settings.kv_cache_dtype,
         )
+        # A CPU has nothing else to do meanwhile.
+        self.max_steps_in_flight = 2 if config.async_scheduling and self.device.type == "cuda" else 1
         self._kernels = kernels
+        self._profiler = StepProfiler(self.device)
         with self._kernels_in_use():
-            backend = make_backend(settings.attention, self.device, settings.max_model_len)
+            backend = make_backend(
+                settings.attention,
+                self.device,
+                max_model_len=settings.max_model_len,
+                max_rows=config.max_num_seqs,
+            )
             with contextlib.nullcontext() if kernels is None else kernels.loading(self.device):
                 model = _load(files, model_config, settings, backend)
-            spec = KVCacheSpec.from_model(
-                model_config, dtype=settings.kv_cache_dtype, block_size=config.block_size
-            )
-            size = self._size_cache(config, model, spec, settings)
+            size, runner = make_runner(config, model, settings)
         self.num_blocks = size.num_blocks
         self.max_model_len = size.max_model_len
-        self._runner: ModelRunner | None = ModelRunner(
-            model,
-            allocate_kv_caches(spec, size.num_blocks, self.device),
-            block_size=spec.block_size,
-            device=self.device,
-            sampler=make_sampler(self.device, triton=settings.uses_triton),
-        )
-
-    def _size_cache(
-        self, config: EngineConfig, model: CausalLM, spec: KVCacheSpec, settings: ExecutionSettings
-    ) -> KVCacheSize:
-        def free_bytes() -> int:
-            if self.device.type == "cpu":
-                return cpu_kv_bytes()
-            return gpu_kv_bytes(model, spec, config, settings.max_model_len, self.device)
-
-        size = size_kv_cache(config, model.config, spec, free_bytes)
-        logger.info(
-            "KV cache: %d blocks of %d tokens, %.2f GiB; max_model_len %d",
-            size.num_blocks,
-            spec.block_size,
-            size.num_blocks * spec.bytes_per_block / _GIB,
-            size.max_model_len,
-        )
-        return size
+        self._runner: ModelRunner | None = runner
 
     @property
     def kernel_counters(self) -> "KernelCounters | None":
@@ -111,16 +87,43 @@ class LocalExecutor:
         return contextlib.nullcontext() if self._kernels is None else self._kernels.in_use()
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step. EngineDeadError after shutdown."""
+        """Launch a step and collect it, with none in flight."""
+        self.launch(output)
+        return self.collect()
+
+    def launch(self, output: SchedulerOutput) -> None:
+        """See Executor.launch. EngineDeadError after shutdown."""
+        with self._kernels_in_use():
+            self._alive().launch(output)
+
+    def collect(self) -> ModelRunnerOutput:
+        """See Executor.collect. EngineDeadError after shutdown."""
+        with self._kernels_in_use():
+            return self._alive().collect()
+
+    def abandon(self) -> None:
+        """See Executor.abandon."""
+        if self._runner is not None:
+            self._runner.abandon()
+
+    def start_profile(self, folder: str) -> None:
+        """See Executor.start_profile."""
+        self._profiler.start(folder)
+
+    def stop_profile(self) -> str:
+        """See Executor.stop_profile."""
+        return self._profiler.stop()
+
+    def _alive(self) -> ModelRunner:
         if self._runner is None:
             raise EngineDeadError("the engine has been shut down; make a new one")
-        with self._kernels_in_use():
-            return self._runner.execute(output)
+        return self._runner
 
     def shutdown(self) -> None:
         """Free the weights and the KV cache."""
         if self._runner is None:
             return
+        self._runner.abandon()
         self._runner = None
         gc.collect()
         if self.device.type == "cuda":

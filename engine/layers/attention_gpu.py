@@ -15,7 +15,12 @@ from halimede.engine.layers.rotary import CosSin
 from halimede.engine.model_input import KVCache, ModelInput
 from halimede.kernels.attention import paged_attention
 from halimede.kernels.gpu.attention_decode import paged_attention_decode
-from halimede.kernels.gpu.attention_decode_plan import default_split_size, plan_decode
+from halimede.kernels.gpu.attention_decode_plan import (
+    DecodeWorkspace,
+    decode_workspace,
+    default_split_size,
+    plan_decode,
+)
 from halimede.kernels.gpu.attention_prefill import paged_attention_prefill
 from halimede.kernels.gpu.rotary_kv import qk_norm_rotary_kv_write
 from halimede.kernels.ops import Ops, triton_ops
@@ -141,11 +146,15 @@ class TritonAttention:
     """Our kernels: rows of one token in one launch, the others in a second one.
 
     max_model_len: decides how long the pieces are that decoding cuts a context into, which must not hang on
-    the batch.
+    the batch. max_rows: of a step; one workspace for that many, made when the cache is first seen, serves
+    every step, layer and graph.
     """
 
-    def __init__(self, max_model_len: int) -> None:
+    def __init__(self, max_model_len: int, max_rows: int) -> None:
+        self._max_model_len = max_model_len
+        self._max_rows = max_rows
         self._split_size = default_split_size(max_model_len)
+        self._workspace: DecodeWorkspace | None = None
 
     def prepare(self, rows: PagedRows, kv_cache: KVCache, num_heads: int, window: int | None) -> Attend:
         """As PagedAttention.prepare."""
@@ -160,6 +169,7 @@ class TritonAttention:
                 max_seq_len=rows.max_seq_len,
                 sliding_window=window,
                 split_size=self._split_size,
+                workspace=self._shared_workspace(kv_cache, num_heads),
             )
 
         def attend(q: torch.Tensor, kv_cache: KVCache, scale: float) -> torch.Tensor:
@@ -183,6 +193,20 @@ class TritonAttention:
             return out
 
         return attend
+
+    def _shared_workspace(self, kv_cache: KVCache, num_heads: int) -> DecodeWorkspace:
+        if self._workspace is None:
+            _, num_kv_heads, _, head_dim = kv_cache.k.shape
+            self._workspace = decode_workspace(
+                self._max_rows,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                max_seq_len=self._max_model_len,
+                device=kv_cache.k.device,
+                split_size=self._split_size,
+            )
+        return self._workspace
 
 
 class TorchAttention:

@@ -5,15 +5,17 @@ What the kernels must know of the rows is put together on the host and goes over
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from halimede.engine.runner.logprobs import logprob_entries, token_logprobs
-from halimede.engine.runner.sampler import SamplerOutput, sampler_output
-from halimede.engine.runner.sampling_metadata import Penalties, RandomRows, SamplingMetadata
+from halimede.engine.runner.sampler import Sample
+from halimede.engine.runner.sampling_metadata import Penalties, SamplingMetadata
+from halimede.engine.runner.step_queue import Pending
+from halimede.engine.runner.upload import upload
 from halimede.kernels.gpu.logprobs import LARGEST_COUNT, packed_logprobs, unpack_logprobs
 from halimede.kernels.gpu.sampling_adjust import PenaltyLists, adjust_logits
 from halimede.kernels.gpu.sampling_draw import draw_tokens, make_draw_workspace
@@ -22,8 +24,6 @@ from halimede.scheduler.output import TokenLogprobs
 
 _Array = npt.NDArray[Any]
 _Arrays = dict[str, _Array]
-_ALIGNMENT = 16
-_SIGNED_64 = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,21 @@ class _Inputs:
         return tuple(self.tensors[name] for name in names) if names[0] in self.tensors else None
 
 
+class RandomTensors(NamedTuple):
+    """What rows that draw need, of all S rows of a step, on the device; a greedy row has temperature 0.
+
+    temperature, min_p, top_p (S) float32; top_k (S) int32; keys (S, 2) int64: see RandomRows.
+    """
+
+    temperature: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    keys: torch.Tensor
+
+
 class TritonSampler:
-    """A Sampler of Triton kernels, for one stream of a device; on a CPU they are interpreted.
+    """Triton kernels, for one stream of a device; on a CPU they are interpreted.
 
     It takes logits in the model's dtype and metadata whose tensors are on the CPU.
     """
@@ -47,54 +60,49 @@ class TritonSampler:
         self._device = device
         self._workspace = make_draw_workspace(0, device)
 
-    def sample(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
-        """See Sampler.sample."""
-        wanted = [row for row, n in enumerate(metadata.num_logprobs) if n is not None]
-        counts = [n for n in metadata.num_logprobs if n is not None]
-        tokens, packed = self.launch(logits, metadata)
-        chosen: list[int] = tokens.tolist()
-        entries: list[TokenLogprobs] = []
-        if packed is not None:
-            entries = _entries(packed, [max(chosen[row], 0) for row in wanted], counts)
-        elif wanted:
-            entries = token_logprobs(logits[wanted].float(), tokens[wanted].clamp(min=0), counts)
-        return sampler_output(chosen, wanted, entries)
-
     def launch(
-        self, logits: torch.Tensor, metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What runs on the device: the tokens (S) int64, negative ones codes of errors, and the packed
-        log-probabilities of the rows that ask, None if none does or they ask for too many.
-
-        The logits are left as they were where log-probabilities are asked for.
-        """
-        wanted = [row for row, n in enumerate(metadata.num_logprobs) if n is not None]
-        inputs = self._upload(metadata, wanted, *logits.shape)
+        self, logits: torch.Tensor, metadata: SamplingMetadata, random: RandomTensors | None
+    ) -> Sample:
+        """As TorchSampler.launch. The logits are left as they were where log-probabilities are asked for."""
+        wanted, counts = metadata.wanted, metadata.num_logprobs
+        inputs = self._upload(metadata, len(logits))
         raw = logits
         if metadata.adjusts_logits:
             # float() copies what is not float32; log-probabilities need the logits as they were.
             logits = logits.clone() if wanted and logits.dtype == torch.float32 else logits.float()
-        tokens = self._choose(logits, inputs)
-        counts = [n for n in metadata.num_logprobs if n is not None]
-        return tokens, self._packed_logprobs(raw, tokens, counts, inputs.tensors.get("wanted"))
+        filters = random if metadata.filters else None
+        tokens = self._choose(logits, inputs, random, filters)
+        packed = self._packed_logprobs(raw, tokens, counts, inputs.tensors.get("wanted"))
+        if packed is not None:
+            return Sample(
+                tokens,
+                (packed,),
+                lambda chosen, copies: _entries(copies[0], [max(chosen[row], 0) for row in wanted], counts),
+            )
+        entries: list[TokenLogprobs] = []
+        if wanted:  # more than the kernel finds: this waits for the device
+            rows = list(wanted)
+            entries = token_logprobs(raw[rows].float(), tokens[rows].clamp(min=0), counts)
+        return Sample(tokens, (), lambda chosen, copies: entries)
 
     def launch_logprobs(
-        self, logits: torch.Tensor, tokens: torch.Tensor, num_logprobs: Sequence[int]
-    ) -> torch.Tensor | None:
-        """The packed log-probabilities of every row of logits (P, V) beside tokens (P) int64."""
-        return self._packed_logprobs(logits, tokens, num_logprobs, None)
-
-    def token_logprobs(
         self, logits: torch.Tensor, token_ids: Sequence[int], num_logprobs: Sequence[int]
-    ) -> list[TokenLogprobs]:
-        """See Sampler.token_logprobs."""
-        tokens = _upload_arrays({"tokens": np.array(token_ids, dtype=np.int64)}, self._device)["tokens"]
-        packed = self.launch_logprobs(logits, tokens, num_logprobs)
+    ) -> Pending[list[TokenLogprobs]]:
+        """The log-probabilities of every row of logits (P, V), its token's and of the most probable ones."""
+        tokens = upload({"tokens": np.array(token_ids, dtype=np.int64)}, self._device)["tokens"]
+        packed = self._packed_logprobs(logits, tokens, num_logprobs, None)
         if packed is None:
-            return token_logprobs(logits.float(), tokens, num_logprobs)
-        return _entries(packed, token_ids, num_logprobs)
+            entries = token_logprobs(logits.float(), tokens, num_logprobs)
+            return Pending((), lambda copies: entries)
+        return Pending((packed,), lambda copies: _entries(copies[0], token_ids, num_logprobs))
 
-    def _choose(self, logits: torch.Tensor, inputs: _Inputs) -> torch.Tensor:
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        inputs: _Inputs,
+        random: RandomTensors | None,
+        filters: RandomTensors | None,
+    ) -> torch.Tensor:
         """The chosen tokens (S) int64 on the device; a negative one is the code of the row's error."""
         penalties = inputs.get(
             "penalty_rows", "penalty_tokens", "counts", "repetition", "frequency", "presence"
@@ -112,13 +120,12 @@ class TritonSampler:
             )
         if len(self._workspace.best) < len(logits):
             self._workspace = make_draw_workspace(2 * len(logits), self._device)
-        filters = inputs.get("temperature", "min_p", "top_k", "top_p") if "top_k" in inputs.tensors else None
         return draw_tokens(
             logits,
             self._workspace,
-            temperature=inputs.tensors.get("temperature"),
-            keys=inputs.tensors.get("keys"),
-            threshold=None if filters is None else sampling_threshold(logits, *filters),
+            temperature=None if random is None else random.temperature,
+            keys=None if random is None else random.keys,
+            threshold=None if filters is None else sampling_threshold(logits, *filters[:4]),
             flags=flags,
         )
 
@@ -134,7 +141,7 @@ class TritonSampler:
         most = max((vocab_size if n == -1 else min(n, vocab_size) for n in counts), default=LARGEST_COUNT + 1)
         return packed_logprobs(logits, tokens, most, rows) if most <= LARGEST_COUNT else None
 
-    def _upload(self, metadata: SamplingMetadata, wanted: list[int], rows: int, vocab_size: int) -> _Inputs:
+    def _upload(self, metadata: SamplingMetadata, rows: int) -> _Inputs:
         arrays: _Arrays = {}
         if metadata.penalties is not None:
             arrays |= _penalty_arrays(metadata.penalties, rows)
@@ -146,11 +153,9 @@ class TritonSampler:
         if metadata.forbidden:
             arrays["mask_rows"] = np.array([row for row, _ in metadata.forbidden], dtype=np.int32)
             arrays["bitmask"] = _bitmask([mask for _, mask in metadata.forbidden])
-        if metadata.random is not None:
-            arrays |= _random_arrays(metadata.random, rows, vocab_size)
-        if 0 < len(wanted) < rows:
-            arrays["wanted"] = np.array(wanted, dtype=np.int32)
-        return _Inputs(_upload_arrays(arrays, self._device))
+        if 0 < len(metadata.wanted) < rows:
+            arrays["wanted"] = np.array(metadata.wanted, dtype=np.int32)
+        return _Inputs(upload(arrays, self._device))
 
 
 def _int32(tensor: torch.Tensor) -> _Array:
@@ -180,50 +185,9 @@ def _bitmask(forbidden: Sequence[torch.Tensor]) -> _Array:
     return words
 
 
-def _random_arrays(random: RandomRows, rows: int, vocab_size: int) -> _Arrays:
-    """Parameters of all rows: one that does not draw has temperature 0 and filters that keep everything."""
-    drawing = slice(None) if random.rows is None else random.rows.numpy()
-
-    def per_row(values: torch.Tensor | None, default: float, dtype: type = np.float32) -> _Array:
-        result: _Array = np.full(rows, default, dtype=dtype)
-        if values is not None:
-            result[drawing] = values.numpy().reshape(-1)
-        return result
-
-    keys = np.zeros((rows, 2), dtype=np.int64)
-    keys[drawing] = [((seed + _SIGNED_64) % (2 * _SIGNED_64) - _SIGNED_64, at) for seed, at in random.keys]
-    arrays = {"temperature": per_row(random.temperature, 0.0), "keys": keys}
-    if random.filters:
-        arrays["min_p"] = per_row(random.min_p, 0.0)
-        arrays["top_k"] = per_row(random.top_k, vocab_size, np.int32)
-        arrays["top_p"] = per_row(random.top_p, 1.0)
-    return arrays
-
-
-def _upload_arrays(arrays: _Arrays, device: torch.device) -> dict[str, torch.Tensor]:
-    """Copies on the device, made by one transfer that nobody waits for, each aligned for a kernel."""
-    if not arrays:
-        return {}
-    ends = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays.values()]).tolist()
-    staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    starts = [0, *ends[:-1]]
-    host = staging.numpy()
-    for start, array in zip(starts, arrays.values(), strict=True):
-        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    moved = staging.to(device, non_blocking=True)
-    return {
-        name: moved[start : start + array.nbytes].view(_torch_dtype(array)).view(array.shape)
-        for start, (name, array) in zip(starts, arrays.items(), strict=True)
-    }
-
-
-def _torch_dtype(array: _Array) -> torch.dtype:
-    return torch.from_numpy(array[:0]).dtype
-
-
 def _entries(
     packed: torch.Tensor, token_ids: Sequence[int], num_logprobs: Sequence[int]
 ) -> list[TokenLogprobs]:
-    """The TokenLogprobs of packed logprobs, which are copied from the device at once."""
-    columns = [column.tolist() for column in unpack_logprobs(packed.cpu())]
+    """The TokenLogprobs of packed logprobs, on the CPU."""
+    columns = [column.tolist() for column in unpack_logprobs(packed)]
     return logprob_entries(token_ids, *columns, num_logprobs=num_logprobs)

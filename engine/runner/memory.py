@@ -3,15 +3,15 @@
 import gc
 import logging
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from halimede.engine.config import EngineConfig
-from halimede.engine.models.base import CausalLM
-from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
+from halimede.engine.runner.kv_cache import KVCacheSpec
 from halimede.engine.runner.model_runner import ModelRunner
-from halimede.engine.runner.sampler import make_sampler
 from halimede.scheduler.output import NewSequence, ScheduledSequence, SchedulerOutput
 from halimede.scheduler.request import Request
 from halimede.scheduler.sampling_params import SamplingParams
@@ -40,38 +40,60 @@ def available_memory(meminfo: Path = _MEMINFO) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def gpu_kv_bytes(
-    model: CausalLM, spec: KVCacheSpec, config: EngineConfig, max_model_len: int, device: torch.device
-) -> int:
-    """gpu_memory_utilization of the GPU, less what is in use and what the largest step needs on top.
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """What a GPU's memory is needed for besides weights and KV cache, in bytes.
 
-    What is in use includes other processes. The largest step is measured by running one.
+    activations: of the largest step, beyond what stays allocated. graphs: of all of them.
     """
-    peak = _activation_peak(model, spec, config, max_model_len, device)
+
+    activations: int
+    graphs: int = 0
+
+
+def gpu_kv_bytes(config: EngineConfig, use: GpuUse, device: torch.device) -> int:
+    """gpu_memory_utilization of the GPU, less what is in use and what is yet to come.
+
+    What is in use includes other processes.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    available = int(config.gpu_memory_utilization * total) - (total - free) - peak
+    rest = int(config.gpu_memory_utilization * total) - (total - free) - use.activations - use.graphs
+    available = max(rest, 0)
+    sizes = (total, total - free, use.activations, use.graphs, available)
     logger.info(
-        "GPU memory: %.2f GiB, %.2f in use, %.2f for activations, %.2f for the KV cache",
-        *(size / _GIB for size in (total, total - free, peak, max(available, 0))),
+        "GPU memory: %.2f GiB, %.2f in use, %.2f for activations, %.2f for graphs, %.2f for the KV cache",
+        *(size / _GIB for size in sizes),
     )
-    return max(available, 0)
+    return available
 
 
-def _activation_peak(
-    model: CausalLM, spec: KVCacheSpec, config: EngineConfig, max_model_len: int, device: torch.device
-) -> int:
-    """Bytes that a step of max_num_batched_tokens tokens allocates beyond weights and cache."""
-    kv_caches = allocate_kv_caches(spec, 1, device)
-    sampler = make_sampler(device, triton=True)
-    runner = ModelRunner(model, kv_caches, block_size=spec.block_size, device=device, sampler=sampler)
+def activation_bytes(runner: ModelRunner, step: SchedulerOutput, device: torch.device) -> int:
+    """Bytes that a GPU's runner allocates for a step and gives back. It is run twice: what the first one
+    allocates to stay, such as workspaces, is no part of it."""
+    runner.execute(step)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    runner.execute(largest_step(config, spec, max_model_len))
+    runner.execute(step)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def graph_bytes(record: Callable[[int], bool], sizes: Sequence[int], free_bytes: Callable[[], int]) -> int:
+    """Bytes that graphs of these sizes will take, from what the two largest do.
+
+    record: records a size, and whether that succeeded. The largest one's memory is used by the others too,
+    which therefore take what the second one does.
+    """
+    taken: list[int] = []
+    for size in sorted(sizes, reverse=True)[:2]:
+        before = free_bytes()
+        if not record(size):
+            break
+        taken.append(max(0, before - free_bytes()))
+    return sum(taken[:1]) + sum(taken[1:]) * (len(sizes) - 1)
 
 
 def largest_step(config: EngineConfig, spec: KVCacheSpec, max_model_len: int) -> SchedulerOutput:
@@ -92,7 +114,7 @@ def largest_step(config: EngineConfig, spec: KVCacheSpec, max_model_len: int) ->
         scheduled.append(
             ScheduledSequence(
                 seq_id=seq_id,
-                token_ids=tokens,
+                num_tokens=len(tokens),
                 num_computed_tokens=0,
                 new_block_ids=(0,) * spec.blocks_for(len(tokens)),
                 needs_sample=True,

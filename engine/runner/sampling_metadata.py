@@ -1,18 +1,19 @@
-"""What the sampler must know of a step's rows, as tensors; None where no row uses a feature.
+"""What the sampler must know of a step's rows; None where no row uses a feature.
 
 S is the number of rows that sample, V the vocabulary size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from halimede.engine.runner.row_table import ADJUSTS, DRAWS, FILTERS, LOGPROBS, RowColumns, StepPlan
 from halimede.engine.runner.sequence_state import SequenceState
-from halimede.scheduler.sampling_params import SamplingParams
 
-_Value = Callable[[SamplingParams], float]
+_Row = tuple[int, SequenceState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,12 @@ class Penalties:
 class RandomRows:
     """The rows that draw: rows (D) int64, None if all rows do.
 
-    keys: (seed, position of the new token) of each. temperature, min_p: float32 (D, 1).
+    keys (D, 2) int64: seed and position of the new token of each. temperature, min_p: float32 (D, 1).
     top_k (D) int64, V for rows without it; top_p (D) float32, 1 for rows without it.
     """
 
     rows: torch.Tensor | None
-    keys: list[tuple[int, int]]
+    keys: npt.NDArray[np.int64]
     temperature: torch.Tensor
     min_p: torch.Tensor | None
     top_k: torch.Tensor | None
@@ -53,21 +54,24 @@ class RandomRows:
 
 @dataclass(frozen=True, slots=True)
 class SamplingMetadata:
-    """How the next token of each of the S rows is chosen.
+    """How the next token of each of the S rows is chosen, but for what the rows that draw need.
 
+    draws, filters: whether any row draws, and whether one draws from part of the vocabulary only.
     forbidden: (row, mask (V) bool) of rows with allowed_token_ids.
     banned: (rows, token ids), int64 pairs of equal length: bad words, and stop tokens before min_tokens.
     bias: (rows, token ids, float32 values).
-    num_logprobs: per row, how many of the most probable tokens to report besides the sampled one
-        (-1: all of them); None for rows that report nothing.
+    wanted: the rows that report log-probabilities; num_logprobs: for each of them, how many of the most
+        probable tokens to report besides the sampled one (-1: all of them).
     """
 
+    draws: bool
+    filters: bool
     forbidden: tuple[tuple[int, torch.Tensor], ...]
     banned: tuple[torch.Tensor, torch.Tensor] | None
     bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     penalties: Penalties | None
-    random: RandomRows | None
-    num_logprobs: tuple[int | None, ...]
+    wanted: tuple[int, ...]
+    num_logprobs: tuple[int, ...]
 
     @property
     def masks_tokens(self) -> bool:
@@ -82,38 +86,75 @@ class SamplingMetadata:
     @property
     def changes_logits(self) -> bool:
         """Whether anything is done to the logits of a row before its token is chosen."""
-        return self.adjusts_logits or self.random is not None
+        return self.adjusts_logits or self.draws
 
 
-def build_sampling_metadata(states: Sequence[SequenceState], *, vocab_size: int) -> SamplingMetadata:
-    """The SamplingMetadata of the sequences that sample in this step, in row order, on the CPU."""
-    params = [state.request.sampling_params for state in states]
+def build_sampling_metadata(plan: StepPlan, *, vocab_size: int) -> SamplingMetadata:
+    """The SamplingMetadata of a step's rows as their sequences are now, tensors on the CPU."""
+    features, rows = plan.features, enumerate(plan.states)
+    adjusted: list[_Row] = []
+    wanted: list[tuple[int, int]] = []
+    if features & (ADJUSTS | LOGPROBS):
+        adjusted = list(rows)
+        wanted = [
+            (row, count)
+            for row, state in adjusted
+            if (count := state.request.sampling_params.logprobs) is not None
+        ]
+    if not features & ADJUSTS:
+        adjusted = []
+    num_tokens = plan.seq_lens[plan.sampled].tolist() if adjusted else []
     return SamplingMetadata(
-        forbidden=tuple((row, s.forbidden) for row, s in enumerate(states) if s.forbidden is not None),
-        banned=_banned(states, vocab_size),
-        bias=_bias(params, vocab_size),
-        penalties=_penalties(states),
-        random=_random(states, vocab_size),
-        num_logprobs=tuple(p.logprobs for p in params),
+        draws=bool(features & DRAWS),
+        filters=bool(features & FILTERS),
+        forbidden=tuple((row, s.forbidden) for row, s in adjusted if s.forbidden is not None),
+        banned=_banned(adjusted, num_tokens, vocab_size),
+        bias=_bias(adjusted, vocab_size),
+        penalties=_penalties(adjusted),
+        wanted=tuple(row for row, _ in wanted),
+        num_logprobs=tuple(count for _, count in wanted),
     )
 
 
-def _banned(states: Sequence[SequenceState], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    pairs = [(row, t) for row, state in enumerate(states) for t in state.banned_token_ids() if t < vocab_size]
+def random_rows(plan: StepPlan, columns: RowColumns, vocab_size: int) -> RandomRows | None:
+    """The RandomRows of a step on the CPU; None if no row draws."""
+    if not plan.features & DRAWS:
+        return None
+    slots = plan.slots[plan.sampled]
+    rows = np.flatnonzero(columns.temperature[slots])
+    slots = slots[rows]
+    keys = np.stack([columns.seed[slots], plan.seq_lens[plan.sampled][rows].astype(np.int64)], axis=1)
+    min_p, top_k, top_p = columns.min_p[slots], columns.top_k[slots], columns.top_p[slots]
+    return RandomRows(
+        rows=None if len(rows) == len(plan.sampled) else torch.from_numpy(rows),
+        keys=keys,
+        temperature=torch.from_numpy(columns.temperature[slots, None]),
+        min_p=torch.from_numpy(min_p[:, None]) if (min_p > 0).any() else None,
+        top_k=torch.from_numpy(top_k.astype(np.int64)) if (top_k < vocab_size).any() else None,
+        top_p=torch.from_numpy(top_p) if (top_p < 1).any() else None,
+    )
+
+
+def _banned(
+    states: Sequence[_Row], num_tokens: Sequence[int], vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    pairs = [
+        (row, token)
+        for row, state in states
+        for token in state.banned_token_ids(num_tokens[row])
+        if token < vocab_size
+    ]
     if not pairs:
         return None
     rows, tokens = torch.tensor(pairs, dtype=torch.int64).unbind(1)
     return rows, tokens
 
 
-def _bias(
-    params: Sequence[SamplingParams], vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def _bias(states: Iterable[_Row], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     entries = [
         (row, token, value)
-        for row, p in enumerate(params)
-        if p.logit_bias
-        for token, value in p.logit_bias.items()
+        for row, state in states
+        for token, value in (state.request.sampling_params.logit_bias or {}).items()
         if token < vocab_size
     ]
     if not entries:
@@ -126,15 +167,8 @@ def _bias(
     )
 
 
-def _column(params: Sequence[SamplingParams], value: _Value) -> torch.Tensor:
-    """(len(params), 1) float32."""
-    return torch.tensor([[value(p)] for p in params], dtype=torch.float32)
-
-
-def _penalties(states: Sequence[SequenceState]) -> Penalties | None:
-    used = [
-        (row, s.request.sampling_params, s.counts) for row, s in enumerate(states) if s.counts is not None
-    ]
+def _penalties(states: Iterable[_Row]) -> Penalties | None:
+    used = [(row, s.request.sampling_params, s.counts) for row, s in states if s.counts is not None]
     if not used:
         return None
     sizes = [len(counts.token_ids) for _, _, counts in used]
@@ -149,22 +183,4 @@ def _penalties(states: Sequence[SequenceState]) -> Penalties | None:
         repetition=repeated([p.repetition_penalty for _, p, _ in used], np.float32),
         frequency=repeated([p.frequency_penalty for _, p, _ in used], np.float32),
         presence=repeated([p.presence_penalty for _, p, _ in used], np.float32),
-    )
-
-
-def _random(states: Sequence[SequenceState], vocab_size: int) -> RandomRows | None:
-    rows = [row for row, state in enumerate(states) if not state.request.sampling_params.greedy]
-    if not rows:
-        return None
-    drawing = [states[row] for row in rows]
-    params = [state.request.sampling_params for state in drawing]
-    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-    uses_top_p, uses_min_p = any(p.top_p < 1 for p in params), any(p.min_p > 0 for p in params)
-    return RandomRows(
-        rows=None if len(rows) == len(states) else torch.tensor(rows, dtype=torch.int64),
-        keys=[(state.request.seed, len(state.token_ids)) for state in drawing],
-        temperature=_column(params, lambda p: p.temperature),
-        min_p=_column(params, lambda p: p.min_p) if uses_min_p else None,
-        top_k=torch.tensor(top_k) if min(top_k) < vocab_size else None,
-        top_p=_column(params, lambda p: p.top_p).squeeze(1) if uses_top_p else None,
     )

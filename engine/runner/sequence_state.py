@@ -44,52 +44,45 @@ class TokenCounts:
 
 
 class SequenceState:
-    """One sequence: its tokens, its blocks, and what its sampling parameters need.
+    """One sequence: its tokens and what its sampling parameters need.
 
-    token_ids: every known token, prompt first.
+    token_ids: every token that was known when the runner was told of it, prompt first; tokens: the same as
+    int32 (L). The tokens after them are added only if `follows_tokens`: for others nobody asks.
     counts: None unless the request uses a penalty.
     forbidden (V) bool: tokens outside allowed_token_ids; None without that setting.
     """
 
-    __slots__ = ("_blocks", "_num_blocks", "counts", "forbidden", "num_prompt_tokens", "request", "token_ids")
+    __slots__ = (
+        "counts",
+        "follows_tokens",
+        "forbidden",
+        "num_prompt_tokens",
+        "request",
+        "seq_id",
+        "token_ids",
+        "tokens",
+    )
 
-    def __init__(self, new: NewSequence, *, vocab_size: int) -> None:
+    def __init__(self, seq_id: int, new: NewSequence, *, vocab_size: int) -> None:
         params = new.request.sampling_params
+        self.seq_id = seq_id
         self.request = new.request
         self.token_ids = list(new.token_ids)
+        self.tokens: npt.NDArray[np.int32] = np.array(new.token_ids, dtype=np.int32)
         self.num_prompt_tokens = new.num_prompt_tokens
-        self._blocks: npt.NDArray[np.int32] = np.zeros(16, dtype=np.int32)
-        self._num_blocks = 0
         self.counts: TokenCounts | None = None
         if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
             # The other two penalties do not look at the prompt.
             prompt = self.token_ids[: self.num_prompt_tokens] if params.repetition_penalty != 1.0 else []
             self.counts = TokenCounts(prompt, self.token_ids[self.num_prompt_tokens :])
+        self.follows_tokens = self.counts is not None or any(
+            len(word) > 1 for word in new.request.bad_words_token_ids
+        )
         self.forbidden: torch.Tensor | None = None
         if params.allowed_token_ids is not None:
             allowed = [token for token in params.allowed_token_ids if token < vocab_size]
             self.forbidden = torch.ones(vocab_size, dtype=torch.bool)
             self.forbidden[allowed] = False
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Generated tokens so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def block_ids(self) -> npt.NDArray[np.int32]:
-        """The block table, in order."""
-        return self._blocks[: self._num_blocks]
-
-    def append_blocks(self, block_ids: tuple[int, ...]) -> None:
-        """Add blocks at the end of the block table."""
-        end = self._num_blocks + len(block_ids)
-        if end > len(self._blocks):
-            grown = np.zeros(max(end, 2 * len(self._blocks)), dtype=np.int32)
-            grown[: self._num_blocks] = self.block_ids
-            self._blocks = grown
-        self._blocks[self._num_blocks : end] = block_ids
-        self._num_blocks = end
 
     def append_token(self, token_id: int) -> None:
         """Add one generated token."""
@@ -97,13 +90,15 @@ class SequenceState:
         if self.counts is not None:
             self.counts.add(token_id)
 
-    def banned_token_ids(self) -> list[int]:
-        """Tokens that may not come next: the ends of bad words, and stop tokens until min_tokens."""
+    def banned_token_ids(self, num_tokens: int) -> list[int]:
+        """Tokens that may not come after num_tokens tokens: the ends of bad words, and stop tokens until
+        min_tokens."""
         banned: list[int] = []
-        if self.num_output_tokens < self.request.sampling_params.min_tokens:
+        num_output_tokens = num_tokens - self.num_prompt_tokens
+        if num_output_tokens < self.request.sampling_params.min_tokens:
             banned += self.request.stop_token_ids
         for word in self.request.bad_words_token_ids:
             head = list(word[:-1])
-            if not head or (len(head) <= self.num_output_tokens and self.token_ids[-len(head) :] == head):
+            if not head or (len(head) <= num_output_tokens and self.token_ids[-len(head) :] == head):
                 banned.append(word[-1])
         return banned

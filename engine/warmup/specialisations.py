@@ -22,10 +22,12 @@ from halimede.engine.model_input import KVCache
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ModelConfig
 from halimede.engine.models.registry import build_model
-from halimede.engine.runner.gpu_sampler import TritonSampler
+from halimede.engine.runner.device_rows import DeviceRows
 from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
+from halimede.engine.runner.rows import RowLimits
+from halimede.engine.runner.sampling_metadata import build_sampling_metadata
 from halimede.engine.runner.settings import ExecutionSettings
-from halimede.engine.warmup.steps import model_steps, sampling_steps
+from halimede.engine.warmup.steps import model_steps, sampling_plans
 from halimede.kernels.gpu.logprobs import LIMITS
 from halimede.kernels.launch import Launch, intercepting
 from halimede.kernels.specialise import Specialisation
@@ -59,15 +61,20 @@ def serving_specialisations(
 def _run_steps(
     config: EngineConfig, model_config: ModelConfig, settings: ExecutionSettings, target: Target
 ) -> None:
-    model = _model_on_meta(model_config, settings)
+    model = _model_on_meta(config, model_config, settings)
     spec = KVCacheSpec.from_model(model.config, dtype=settings.kv_cache_dtype, block_size=config.block_size)
     hidden = torch.empty(2, model_config.hidden_size, dtype=settings.activations, device=_META)
     for kv_caches in _caches(spec, target):
         for step in model_steps(config.max_num_seqs, config.max_num_batched_tokens, tuned_sizes(target)):
             model(step, kv_caches)
-    sampler = TritonSampler(_META)
-    for metadata in sampling_steps(model_config.vocab_size, _logprob_counts(config, model_config)):
-        sampler.launch(model.compute_logits(hidden[: len(metadata.num_logprobs)]), metadata)
+    limits = RowLimits(
+        config.max_num_seqs, config.max_num_batched_tokens, settings.max_model_len, config.block_size
+    )
+    rows = DeviceRows(limits, _META)
+    for plan in sampling_plans(model_config.vocab_size, _logprob_counts(config, model_config)):
+        rows.prepare(plan)
+        metadata = build_sampling_metadata(plan, vocab_size=model_config.vocab_size)
+        rows.choose_with(plan)(model.compute_logits(hidden[: len(plan.sampled)]), metadata)
 
 
 def _caches(spec: KVCacheSpec, target: Target) -> Iterator[tuple[KVCache, ...]]:
@@ -79,7 +86,7 @@ def _caches(spec: KVCacheSpec, target: Target) -> Iterator[tuple[KVCache, ...]]:
         yield allocate_kv_caches(spec, -(-_LONG_STORAGE // block), _META)
 
 
-def _model_on_meta(config: ModelConfig, settings: ExecutionSettings) -> CausalLM:
+def _model_on_meta(engine_config: EngineConfig, config: ModelConfig, settings: ExecutionSettings) -> CausalLM:
     model = build_model(_with_few_layers(config))
     assign_parameters(
         model,
@@ -92,7 +99,7 @@ def _model_on_meta(config: ModelConfig, settings: ExecutionSettings) -> CausalLM
     )
     attention: PagedAttention = _NoKernels()
     if settings.attention == "triton":
-        attention = TritonAttention(settings.max_model_len)
+        attention = TritonAttention(settings.max_model_len, engine_config.max_num_seqs)
     model.prepare(_META, settings.activations, _POSITIONS, backend=GpuBackend(attention))
     return model
 

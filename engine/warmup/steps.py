@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from halimede.engine.model_input import AttentionMetadata, ModelInput, OutputRows
-from halimede.engine.runner.sampling_metadata import SamplingMetadata, build_sampling_metadata
-from halimede.engine.runner.sequence_state import SequenceState
-from halimede.scheduler.output import NewSequence
+from halimede.engine.runner.row_table import RowTable, StepPlan
+from halimede.scheduler.output import NewSequence, ScheduledSequence, SchedulerOutput
 from halimede.scheduler.request import Request
 from halimede.scheduler.sampling_params import SamplingParams
 
@@ -73,21 +72,31 @@ _DRAWS: tuple[dict[str, Any], ...] = (
 )
 
 
-def sampling_steps(vocab_size: int, logprob_counts: Sequence[int]) -> Iterator[SamplingMetadata]:
-    """Every way to choose a token, and log-probabilities of `logprob_counts` tokens, asked for by every row
-    and by some."""
+def sampling_plans(vocab_size: int, logprob_counts: Sequence[int]) -> Iterator[StepPlan]:
+    """A step for every way to choose a token, and for log-probabilities of `logprob_counts` tokens, asked for
+    by every row and by some."""
     for params, fields in _CHANGES:
         for draw in _DRAWS:
-            yield _metadata([SamplingParams(**params, **draw)], vocab_size, **fields)
+            yield _plan([SamplingParams(**params, **draw)], vocab_size, **fields)
     for count in logprob_counts:
         asking = SamplingParams(temperature=0.0, logprobs=count)
-        yield _metadata([asking], vocab_size)
-        yield _metadata([asking, SamplingParams(temperature=0.0)], vocab_size)
+        yield _plan([asking], vocab_size)
+        yield _plan([asking, SamplingParams(temperature=0.0)], vocab_size)
 
 
-def _metadata(params: Sequence[SamplingParams], vocab_size: int, **fields: Any) -> SamplingMetadata:
-    requests = [
-        Request(f"warmup-{row}", (0,), p, seed=0, arrival_time=0.0, **fields) for row, p in enumerate(params)
+def _plan(params: Sequence[SamplingParams], vocab_size: int, **fields: Any) -> StepPlan:
+    """A step of a prompt of one token for each of the params."""
+    scheduled = [
+        ScheduledSequence(
+            row,
+            num_tokens=1,
+            num_computed_tokens=0,
+            new_block_ids=(1,),
+            needs_sample=True,
+            new=NewSequence(Request(f"warmup-{row}", (0,), p, seed=0, arrival_time=0.0, **fields), (0,), 1),
+        )
+        for row, p in enumerate(params)
     ]
-    states = [SequenceState(NewSequence(request, (0,), 1), vocab_size=vocab_size) for request in requests]
-    return build_sampling_metadata(states, vocab_size=vocab_size)
+    plan = RowTable(len(params), vocab_size).plan(SchedulerOutput(0, tuple(scheduled)))
+    assert plan is not None, "a step runs something"
+    return plan

@@ -234,7 +234,7 @@ def draw_tokens_reference(
     scores, ids = logits.double(), torch.arange(logits.shape[1])
     broken = (scores.isnan() | (scores == torch.inf)).any(1)
     if temperature is not None and keys is not None:
-        starts = stream_keys([(int(seed), int(position)) for seed, position in keys], ids.device)
+        starts = stream_keys(keys.cpu().numpy(), ids.device)
         uniform = (torch_bits(starts[:, None], ids).double() + 0.5) * 2.0**-32
         drawn = scores / temperature[:, None] - torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
         if threshold is not None:

@@ -139,19 +139,31 @@ class FlakyExecutor:
     def __init__(self, inner: Executor) -> None:
         self.inner, self.raises, self.spoil = inner, None, False
         self.num_blocks, self.max_model_len = inner.num_blocks, inner.max_model_len
-        self.kernel_counters = inner.kernel_counters
+        self.kernel_counters, self.max_steps_in_flight = inner.kernel_counters, inner.max_steps_in_flight
 
-    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+    def launch(self, output: SchedulerOutput) -> None:
         if self.raises is not None:
             error, self.raises = self.raises, None
             raise error
-        result = self.inner.execute(output)
+        self.inner.launch(output)
+
+    def collect(self) -> ModelRunnerOutput:
+        result = self.inner.collect()
         if self.spoil and result.sampled_token_ids:
             self.spoil = False
             seq_id = min(result.sampled_token_ids)
             sampled = {k: v for k, v in result.sampled_token_ids.items() if k != seq_id}
             return ModelRunnerOutput(sampled, errors={seq_id: "its logits are not finite"})
         return result
+
+    def abandon(self) -> None:
+        self.inner.abandon()
+
+    def start_profile(self, folder: str) -> None:
+        self.inner.start_profile(folder)
+
+    def stop_profile(self) -> str:
+        return self.inner.stop_profile()
 
     def shutdown(self) -> None:
         self.inner.shutdown()

@@ -16,7 +16,6 @@ from halimede.engine.batch.results import ResultsFile
 from halimede.engine.batch.run import Batch, BatchSummary, run_batch
 from halimede.engine.executor.fake import FakeExecutor
 from halimede.errors import BatchError
-from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TALK = [{"role": "user", "content": "hi"}]
@@ -27,12 +26,12 @@ class Executor(FakeExecutor):
 
     fails = False
 
-    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+    def launch(self, output: SchedulerOutput) -> None:
         if Executor.fails:
             Executor.fails = False
             raise RuntimeError("lost its mind")
         self.steps.clear()
-        return super().execute(output)
+        super().launch(output)
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_completions_of_one_prompt_share_it_but_that_is_no_cache_hit(engine: Eng
     name = engine.add(prompt, PLAIN.replace(n=3, temperature=1.0))
     assert engine.run()[name][-1].num_cached_tokens == 0
     first = engine.executor.steps[0]
-    assert [len(row.token_ids) for row in first.scheduled] == [65, 1, 1]
+    assert [row.num_tokens for row in first.scheduled] == [65, 1, 1]
     name = engine.add(prompt, PLAIN)
     assert engine.run()[name][-1].num_cached_tokens == 64
 

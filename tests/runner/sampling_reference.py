@@ -2,7 +2,8 @@
 
 import math
 
-from halimede.scheduler.output import NewSequence
+from halimede.engine.runner.row_table import RowTable, StepPlan
+from halimede.scheduler.output import NewSequence, ScheduledSequence, SchedulerOutput
 from halimede.scheduler.request import Request
 from halimede.scheduler.sampling_params import SamplingParams
 
@@ -27,6 +28,17 @@ def new_sequence(
         bad_words_token_ids=bad_words,
     )
     return NewSequence(request, prompt + output, len(prompt))
+
+
+def plan_of(news: list[NewSequence], vocab_size: int) -> tuple[StepPlan, RowTable]:
+    """A step that samples from each of these sequences."""
+    table = RowTable(len(news), vocab_size)
+    rows = [
+        ScheduledSequence(number, len(new.token_ids), 0, (1,), True, new) for number, new in enumerate(news)
+    ]
+    plan = table.plan(SchedulerOutput(0, tuple(rows)))
+    assert plan is not None
+    return plan, table
 
 
 def adjusted(logits: list[float], new: NewSequence) -> list[float]:

@@ -41,8 +41,8 @@ def test_a_gpu_needs_triton_and_a_cpu_does_not(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_backends() -> None:
-    assert isinstance(make_backend("torch", CPU, 64), TorchBackend)
-    assert not isinstance(make_backend("torch", GPU, 64), TorchBackend)
+    assert isinstance(make_backend("torch", CPU, max_model_len=64, max_rows=4), TorchBackend)
+    assert not isinstance(make_backend("torch", GPU, max_model_len=64, max_rows=4), TorchBackend)
 
 
 def test_cache_dtypes() -> None:

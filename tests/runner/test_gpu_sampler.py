@@ -3,16 +3,17 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
-from sampling_reference import new_sequence
-from test_sampler import VOCAB, metadata_of, random_logits, random_sequence
+from sampling_reference import new_sequence, plan_of
+from test_sampler import VOCAB, Choice, choice_of, metadata_of, random_logits, random_sequence, run
 
 from halimede.engine.runner import sampler
-from halimede.engine.runner.gpu_sampler import TritonSampler
-from halimede.engine.runner.sampler import SamplerOutput, TorchSampler, make_sampler
+from halimede.engine.runner.gpu_sampler import RandomTensors, TritonSampler
+from halimede.engine.runner.logprobs import token_logprobs
 from halimede.kernels.gpu import sampling_draw
-from halimede.scheduler.output import TokenLogprobs
+from halimede.scheduler.output import NewSequence, TokenLogprobs
 from halimede.scheduler.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -24,7 +25,18 @@ def assert_same_logprobs(ours: TokenLogprobs, theirs: TokenLogprobs) -> None:
     assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
-def assert_same(ours: SamplerOutput, theirs: SamplerOutput) -> None:
+def run_triton(logits: torch.Tensor, news: list[NewSequence], sampler: TritonSampler | None = None) -> Choice:
+    plan, table = plan_of(news, logits.shape[-1])
+    columns, slots = table.columns, plan.slots
+    keys = np.stack([columns.seed[slots], plan.seq_lens.astype(np.int64)], axis=1)
+    columns_of = (columns.temperature, columns.min_p, columns.top_k, columns.top_p)
+    random = RandomTensors(*(torch.from_numpy(c[slots]) for c in columns_of), torch.from_numpy(keys))
+    metadata = metadata_of(news, logits.shape[-1])
+    sampler = sampler or TritonSampler(CPU)
+    return choice_of(sampler.launch(logits.clone(), metadata, random if metadata.draws else None), metadata)
+
+
+def assert_same(ours: Choice, theirs: Choice) -> None:
     assert ours.token_ids == theirs.token_ids
     assert ours.errors == theirs.errors
     assert ours.logprobs.keys() == theirs.logprobs.keys()
@@ -35,12 +47,11 @@ def assert_same(ours: SamplerOutput, theirs: SamplerOutput) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_parameters(dtype: torch.dtype) -> None:
     rng = random.Random(3)
-    ours, theirs = TritonSampler(CPU), TorchSampler()
+    ours = TritonSampler(CPU)
     for trial in range(6):
         news = [random_sequence(rng) for _ in range(16)]
         logits = random_logits(len(news), seed=trial).to(dtype)
-        metadata = metadata_of(news)
-        assert_same(ours.sample(logits.clone(), metadata), theirs.sample(logits.clone(), metadata))
+        assert_same(run_triton(logits, news, ours), run(logits, news))
 
 
 def test_several_blocks_of_a_vocabulary() -> None:
@@ -64,10 +75,7 @@ def test_several_blocks_of_a_vocabulary() -> None:
         for _ in range(8)
     ]
     logits = random_logits(len(news), seed=1, vocab_size=vocab_size)
-    metadata = metadata_of(news, vocab_size)
-    assert_same(
-        TritonSampler(CPU).sample(logits.clone(), metadata), TorchSampler().sample(logits.clone(), metadata)
-    )
+    assert_same(run_triton(logits, news), run(logits, news))
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -83,9 +91,8 @@ def test_a_row_without_a_token_fails_alone(params: SamplingParams, broken: float
         new_sequence(params.replace(allowed_token_ids=[4, 5]), bad_words=((4,), (5,))),
         new_sequence(params.replace(logprobs=1)),
     ]
-    metadata = metadata_of(news)
-    ours = TritonSampler(CPU).sample(logits.clone(), metadata)
-    assert_same(ours, TorchSampler().sample(logits.clone(), metadata))
+    ours = run_triton(logits, news)
+    assert_same(ours, run(logits, news))
     assert 2 in ours.errors
     assert "no token is left" in ours.errors[3]
 
@@ -95,8 +102,9 @@ def test_prompt_logprobs(n: int) -> None:
     """200 of 300 tokens are more than the kernel finds."""
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     tokens, counts = [0, 299, 17], [n, 2, n]
-    ours = TritonSampler(CPU).token_logprobs(logits, tokens, counts)
-    for entry, other in zip(ours, TorchSampler().token_logprobs(logits, tokens, counts), strict=True):
+    pending = TritonSampler(CPU).launch_logprobs(logits, tokens, counts)
+    theirs = token_logprobs(logits.float(), torch.tensor(tokens), counts)
+    for entry, other in zip(pending.read(pending.tensors), theirs, strict=True):
         assert_same_logprobs(entry, other)
 
 
@@ -105,16 +113,14 @@ def test_nothing_asked_and_a_growing_batch() -> None:
     greedy = new_sequence(SamplingParams(temperature=0))
     for rows in (1, 3, 2):
         logits = random_logits(rows, seed=rows)
-        output = ours.sample(logits, metadata_of([greedy] * rows))
+        output = run_triton(logits, [greedy] * rows, ours)
         assert list(output.token_ids.values()) == logits.argmax(1).tolist()
         assert (output.logprobs, output.errors) == ({}, {})
 
 
-def test_codes_and_choice() -> None:
+def test_codes() -> None:
     assert (sampling_draw.NOT_FINITE, sampling_draw.ALL_FORBIDDEN) == (
         sampler.NOT_FINITE,
         sampler.ALL_FORBIDDEN,
     )
-    assert isinstance(make_sampler(CPU, triton=True), TritonSampler)
-    assert isinstance(make_sampler(CPU, triton=False), TorchSampler)
     assert VOCAB % 32  # the last word of a mask is not full

@@ -156,4 +156,4 @@ def test_largest_step(
 ) -> None:
     config = config_of(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
     step = largest_step(config, spec_of(model), max_model_len)
-    assert [len(s.token_ids) for s in step.scheduled] == lengths
+    assert [s.num_tokens for s in step.scheduled] == lengths

@@ -19,10 +19,10 @@ from halimede.engine.executor.local import LocalExecutor
 from halimede.engine.layers.linear import Linear
 from halimede.engine.loader.resolve import resolve_model
 from halimede.engine.models.base import CausalLM
+from halimede.engine.runner.build_runner import make_host_runner
 from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
 from halimede.engine.runner.memory import largest_step
-from halimede.engine.runner.model_runner import ModelRunner
-from halimede.engine.runner.sampler import TorchSampler
+from halimede.engine.runner.rows import RowLimits
 from halimede.errors import ConfigError, EngineDeadError
 from halimede.scheduler.output import ScheduledSequence, SchedulerOutput
 from halimede.scheduler.sampling_params import SamplingParams
@@ -42,18 +42,19 @@ def make(checkpoint: Path, **settings: Any) -> LocalExecutor:
 
 def prefill() -> SchedulerOutput:
     new = new_sequence(SamplingParams(temperature=0), prompt=PROMPT)
-    return SchedulerOutput(0, (ScheduledSequence(0, PROMPT, 0, (1,), True, new),))
+    return SchedulerOutput(0, (ScheduledSequence(0, len(PROMPT), 0, (1,), True, new),))
 
 
 def test_runs_and_shuts_down(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "halimede"):
         executor = make(checkpoint, dtype="float32", num_gpu_blocks_override=6)
     seam: Executor = executor
+    assert seam.max_steps_in_flight == 1
     assert (seam.num_blocks, seam.max_model_len) == (6, 80)
     assert "LlamaForCausalLM" in caplog.text
     assert "6 blocks of 16 tokens" in caplog.text
     expected = int(reference_logits(checkpoint, PROMPT)[-1].argmax())
-    assert seam.execute(prefill()).sampled_token_ids == {0: (expected,)}
+    assert executor.execute(prefill()).sampled_token_ids == {0: (expected,)}
     assert executor._runner is not None
     weight = weakref.ref(executor._runner._model)
     cache = weakref.ref(executor._runner._kv_caches[0][0])
@@ -62,7 +63,7 @@ def test_runs_and_shuts_down(checkpoint: Path, caplog: pytest.LogCaptureFixture)
     gc.collect()
     assert weight() is cache() is None
     with pytest.raises(EngineDeadError, match="shut down"):
-        seam.execute(prefill())
+        executor.execute(prefill())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -128,7 +129,7 @@ def test_the_largest_step_runs_in_one_block(checkpoint: Path) -> None:
     config = EngineConfig(model="m", max_num_seqs=5, max_num_batched_tokens=600)
     spec = KVCacheSpec.from_model(model.config, dtype=executor.dtype, block_size=16)
     caches = allocate_kv_caches(spec, 1, torch.device("cpu"))
-    runner = ModelRunner(model, caches, block_size=16, device=torch.device("cpu"), sampler=TorchSampler())
+    runner = make_host_runner(model, caches, RowLimits(5, 600, 256, 16))
     result = runner.execute(largest_step(config, spec, 256))
     assert sorted(result.sampled_token_ids) == list(range(5))
     assert len(result.prompt_logprobs[0]) == 255

@@ -5,11 +5,9 @@ import math
 import pytest
 import torch
 from sampling_reference import new_sequence
+from test_sampler import run
 
 from halimede.engine.runner.logprobs import token_logprobs
-from halimede.engine.runner.sampler import sample
-from halimede.engine.runner.sampling_metadata import build_sampling_metadata
-from halimede.engine.runner.sequence_state import SequenceState
 from halimede.scheduler.sampling_params import SamplingParams
 
 
@@ -59,9 +57,7 @@ def test_they_come_from_the_raw_logits() -> None:
     params = SamplingParams(
         temperature=0.3, top_k=1, logit_bias={7: 100.0}, repetition_penalty=2.0, logprobs=2
     )
-    states = [SequenceState(new_sequence(p), vocab_size=30) for p in (SamplingParams(temperature=0), params)]
-    metadata = build_sampling_metadata(states, vocab_size=30)
-    output = sample(logits, metadata)
+    output = run(logits, [new_sequence(p) for p in (SamplingParams(temperature=0), params)])
     assert output.token_ids[1] == 7
     assert list(output.logprobs) == [1]
     entry = output.logprobs[1]

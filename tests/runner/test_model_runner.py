@@ -13,8 +13,8 @@ from tiny_models import VOCAB_SIZE, load_model, make_kv_caches, transformers_mod
 
 from halimede.engine.models.base import CausalLM
 from halimede.engine.runner import model_runner
-from halimede.engine.runner.model_runner import ModelRunner
-from halimede.engine.runner.sampler import TorchSampler
+from halimede.engine.runner.build_runner import make_host_runner
+from halimede.engine.runner.rows import RowLimits
 from halimede.scheduler.config import SchedulerConfig
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput, SequenceUpdate, TokenLogprobs
 from halimede.scheduler.request import Request
@@ -91,7 +91,11 @@ class Engine:
         for kv_cache in caches:
             for cache in kv_cache.tensors:
                 cache[0] = 0.0
-        self.runner = ModelRunner(model, caches, block_size=block_size, device=CPU, sampler=TorchSampler())
+        config = self.scheduler._config
+        limits = RowLimits(
+            config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, block_size
+        )
+        self.runner = make_host_runner(model, caches, limits)
 
     def run(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Result]:
         results = [Result() for _ in prompts]

@@ -6,33 +6,60 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from sampling_reference import adjusted, filtered, new_sequence
+from sampling_reference import adjusted, filtered, new_sequence, plan_of
 
 from halimede.engine.runner.logits import adjust_logits, filter_logits, keep_top_p
-from halimede.engine.runner.sampler import SamplerOutput, sample
-from halimede.engine.runner.sampling_metadata import SamplingMetadata, build_sampling_metadata
-from halimede.engine.runner.sequence_state import SequenceState
+from halimede.engine.runner.row_table import RowTable
+from halimede.engine.runner.sampler import REASONS, Sample, TorchSampler
+from halimede.engine.runner.sampling_metadata import (
+    RandomRows,
+    SamplingMetadata,
+    build_sampling_metadata,
+    random_rows,
+)
 from halimede.kernels.random_stream import exponential_noise, stream_keys, torch_bits
-from halimede.scheduler.output import NewSequence
+from halimede.scheduler.output import NewSequence, ScheduledSequence, SchedulerOutput, TokenLogprobs
 from halimede.scheduler.sampling_params import SamplingParams
 
 VOCAB = 40
 CPU = torch.device("cpu")
 
 
-def state_of(new: NewSequence, vocab_size: int = VOCAB) -> SequenceState:
-    return SequenceState(new, vocab_size=vocab_size)
-
-
 def metadata_of(news: list[NewSequence], vocab_size: int = VOCAB) -> SamplingMetadata:
-    states = [state_of(new, vocab_size) for new in news]
-    return build_sampling_metadata(states, vocab_size=vocab_size)
+    return build_sampling_metadata(plan_of(news, vocab_size)[0], vocab_size=vocab_size)
 
 
-def run(logits: torch.Tensor, news: list[NewSequence]) -> SamplerOutput:
-    return sample(logits.clone(), metadata_of(news, logits.shape[-1]))
+def random_of(news: list[NewSequence], vocab_size: int = VOCAB) -> RandomRows | None:
+    plan, table = plan_of(news, vocab_size)
+    return random_rows(plan, table.columns, vocab_size)
+
+
+@dataclasses.dataclass
+class Choice:
+    """By row: its token, or why it has none; log-probabilities of the rows that want them."""
+
+    token_ids: dict[int, int]
+    logprobs: dict[int, TokenLogprobs]
+    errors: dict[int, str]
+
+
+def choice_of(found: Sample, metadata: SamplingMetadata) -> Choice:
+    tokens = found.tokens.tolist()
+    entries = found.entries(tokens, found.tensors)
+    return Choice(
+        {row: token for row, token in enumerate(tokens) if token >= 0},
+        {row: e for row, e in zip(metadata.wanted, entries, strict=True) if tokens[row] >= 0},
+        {row: REASONS[token] for row, token in enumerate(tokens) if token < 0},
+    )
+
+
+def run(logits: torch.Tensor, news: list[NewSequence]) -> Choice:
+    vocab_size = logits.shape[-1]
+    metadata = metadata_of(news, vocab_size)
+    return choice_of(TorchSampler().launch(logits.clone(), metadata, random_of(news, vocab_size)), metadata)
 
 
 def random_logits(rows: int, seed: int, vocab_size: int = VOCAB) -> torch.Tensor:
@@ -101,9 +128,9 @@ def test_filtered_logits() -> None:
     news = [new_sequence(params) for params in FILTERS]
     logits = random_logits(len(news), seed=1)
     expected = [filtered(row, params) for row, params in zip(logits.tolist(), FILTERS, strict=True)]
-    metadata = metadata_of(news)
-    assert metadata.random is not None
-    filter_logits(logits, metadata.random)
+    random = random_of(news)
+    assert random is not None
+    filter_logits(logits, random)
     for row, values in zip(logits, expected, strict=True):
         assert_same(row, values)
 
@@ -202,34 +229,54 @@ def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
 
 
 def test_greedy_batch_touches_nothing_but_argmax() -> None:
-    metadata = metadata_of([new_sequence(SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.1))] * 2)
+    news = [new_sequence(SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.1))] * 2
+    metadata = metadata_of(news)
     assert not metadata.changes_logits
-    assert metadata.random is None
+    assert not metadata.filters
+    assert random_of(news) is None
 
 
 def test_features_nobody_uses_are_none() -> None:
-    metadata = metadata_of([new_sequence(SamplingParams()), new_sequence(SamplingParams(temperature=0))])
-    assert metadata.random is not None
-    assert metadata.random.rows is not None
-    assert metadata.random.rows.tolist() == [0]
-    assert [metadata.random.min_p, metadata.random.top_k, metadata.random.top_p] == [None] * 3
+    news = [new_sequence(SamplingParams()), new_sequence(SamplingParams(temperature=0))]
+    metadata, random = metadata_of(news), random_of(news)
+    assert random is not None
+    assert random.rows is not None
+    assert random.rows.tolist() == [0]
+    assert [random.min_p, random.top_k, random.top_p] == [None] * 3
+    assert (metadata.draws, metadata.filters, metadata.wanted) == (True, False, ())
     assert [metadata.banned, metadata.bias, metadata.penalties, metadata.forbidden] == [None, None, None, ()]
 
 
 def test_counts_follow_generated_tokens() -> None:
     params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.5, min_tokens=2)
-    state = state_of(new_sequence(params, output=(4,), eos=(6,), bad_words=((4, 5, 8),)))
+    words = ((4, 5, 8),)
+    before = new_sequence(params, output=(4,), eos=(6,), bad_words=words)
+    after = new_sequence(params, output=(4, 5), eos=(6,), bad_words=words)
+    table, length = RowTable(2, VOCAB), len(before.token_ids)
+    table.plan(SchedulerOutput(0, (ScheduledSequence(0, length, 0, (1,), True, before),)))
+    state = table.state(0)
+    assert state is not None
     state.append_token(5)
-    fresh = state_of(new_sequence(params, output=(4, 5), eos=(6,), bad_words=((4, 5, 8),)))
+    again = ScheduledSequence(0, 1, length, (), True)
+    fresh = ScheduledSequence(1, length + 1, 0, (2,), True, after)
+    plan = table.plan(SchedulerOutput(1, (again, fresh)))
+    assert plan is not None
     logits = random_logits(2, seed=0)
     logits[1] = logits[0]
-    adjust_logits(logits, build_sampling_metadata([state, fresh], vocab_size=VOCAB))
+    metadata = build_sampling_metadata(plan, vocab_size=VOCAB)
+    adjust_logits(logits, metadata)
     assert torch.equal(logits[0], logits[1])
-    assert state.banned_token_ids() == fresh.banned_token_ids() == [8]
+    assert metadata.banned is not None
+    assert [tensor.tolist() for tensor in metadata.banned] == [[0, 1], [8, 8]]
+
+
+def starts_of(keys: list[tuple[int, int]]) -> torch.Tensor:
+    signed = [((seed + (1 << 63)) % (1 << 64) - (1 << 63), position) for seed, position in keys]
+    return stream_keys(np.array(signed, dtype=np.int64), CPU)
 
 
 def noise_of(keys: list[tuple[int, int]], vocab_size: int) -> torch.Tensor:
-    return exponential_noise(stream_keys(keys, CPU).unsqueeze(1), torch.arange(vocab_size))
+    return exponential_noise(starts_of(keys).unsqueeze(1), torch.arange(vocab_size))
 
 
 def test_noise_depends_on_seed_position_and_token_only() -> None:
@@ -241,7 +288,7 @@ def test_noise_depends_on_seed_position_and_token_only() -> None:
     assert together.isfinite().all()
     assert (together > 0).all()
     some = torch.tensor([7, 99, 3])
-    assert torch.equal(exponential_noise(stream_keys([keys[2]], CPU), some), together[2, some])
+    assert torch.equal(exponential_noise(starts_of([keys[2]]), some), together[2, some])
 
 
 def test_noise_is_splitmix64() -> None:
@@ -254,7 +301,7 @@ def test_noise_is_splitmix64() -> None:
 
 def test_every_device_has_the_same_bits() -> None:
     """The arithmetic that GPUs run, run here."""
-    starts = stream_keys([(seed, 3) for seed in range(50)], CPU).unsqueeze(1)
+    starts = starts_of([(seed, 3) for seed in range(50)]).unsqueeze(1)
     tokens = torch.arange(300)
     uniform = (torch_bits(starts, tokens) + 0.5) * 2.0**-32
     expected = -torch.log1p(-uniform.clamp(max=1 - 2.0**-24))
@@ -287,12 +334,12 @@ def test_draws_follow_the_distribution(by: str) -> None:
     draws = 4000
     probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
     logits = probabilities.log().expand(draws, -1).clone()
-    metadata = metadata_of([new_sequence(SamplingParams(), seed=11)], vocab_size=6)
-    assert metadata.random is not None
+    news = [new_sequence(SamplingParams(), seed=11)]
+    metadata, random = metadata_of(news, 6), random_of(news, 6)
+    assert random is not None
     keys = [(11, n) if by == "position" else (n, 11) for n in range(draws)]
-    many = dataclasses.replace(metadata.random, keys=keys)
-    sampled = sample(logits, dataclasses.replace(metadata, random=many, num_logprobs=(None,) * draws))
-    counts = torch.bincount(torch.tensor(list(sampled.token_ids.values())), minlength=6)
+    many = dataclasses.replace(random, keys=np.array(keys, dtype=np.int64))
+    counts = torch.bincount(TorchSampler().launch(logits, metadata, many).tokens, minlength=6)
     expected = probabilities * draws
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     assert chi_square < 15.09  # the 99th percentile with 5 degrees of freedom; the seeds are fixed

@@ -50,7 +50,7 @@ class Driver:
         """Decide a step; the number of tokens it gives each request, in order."""
         self.output = self.scheduler.schedule()
         self.scheduler.check_integrity()
-        return {self.ids[row.seq_id]: len(row.token_ids) for row in self.output.scheduled}
+        return {self.ids[row.seq_id]: row.num_tokens for row in self.output.scheduled}
 
     def update(self, *tokens: int, **results: Any) -> list[SequenceUpdate]:
         """Give each sequence that samples these tokens (7 if there are none)."""

@@ -77,14 +77,14 @@ class TestBatching:
         (row,) = driver.output.scheduled
         assert row.new is not None
         assert (row.new.token_ids, row.new.num_prompt_tokens) == (tuple(range(7)), 7)
-        assert (row.seq_id, row.token_ids, row.num_computed_tokens) == (seq_id, tuple(range(7)), 0)
+        assert (row.seq_id, row.num_tokens, row.num_computed_tokens) == (seq_id, 7, 0)
         assert (row.new_block_ids, row.needs_sample) == ((1, 2), True)
         driver.update(40)
         driver.schedule()
-        assert driver.output.scheduled == ((seq_id, (40,), 7, (), True, None),)
+        assert driver.output.scheduled == ((seq_id, 1, 7, (), True, None),)
         driver.update(41)
         driver.schedule()
-        assert driver.output.scheduled == ((seq_id, (41,), 8, (3,), True, None),)
+        assert driver.output.scheduled == ((seq_id, 1, 8, (3,), True, None),)
 
     def test_long_prompts_run_in_chunks_beside_decodes(self) -> None:
         driver = Driver(max_num_batched_tokens=10)
@@ -264,7 +264,7 @@ class TestPrefixCache:
         assert driver.schedule() == {"a": 10, "b": 2}
         first, second = driver.output.scheduled
         assert first.new_block_ids[:2] == second.new_block_ids[:2]
-        assert (second.num_computed_tokens, second.token_ids) == (8, (8, 9))
+        assert (second.num_computed_tokens, second.num_tokens) == (8, 2)
         assert [update.num_cached_tokens for update in driver.update()] == [0, 8]
 
     def test_chunks_share_what_is_computed(self) -> None:
