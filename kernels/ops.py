@@ -18,7 +18,9 @@ _Tensor = torch.Tensor
 class Ops:
     """Functions of one signature whatever runs them; docstrings are in kernels/.
 
-    rms_norm, add_rms_norm: `doubled` is for the CPU only, see kernels/norm.py.
+    rms_norm, add_rms_norm: `doubled` is for the CPU only, see kernels/norm.py. gated_matmul: the two halves of
+    a gated feed-forward product and its activation in one, given its name; for up to gated_rows rows of 16
+    bits, None where there is none.
     """
 
     embed: Callable[[_Tensor, _Tensor, float, torch.dtype], _Tensor]
@@ -26,6 +28,8 @@ class Ops:
     add_rms_norm: Callable[[_Tensor, _Tensor, _Tensor, float, _Tensor | None], _Tensor]
     silu_and_mul: Callable[[_Tensor], _Tensor]
     gelu_tanh_and_mul: Callable[[_Tensor], _Tensor]
+    gated_matmul: Callable[[_Tensor, _Tensor, _Tensor | None, str], _Tensor] | None = None
+    gated_rows: int = 0
 
 
 TORCH = Ops(
@@ -41,6 +45,7 @@ def triton_ops() -> Ops:
     """The Triton kernels; ImportError where triton is not installed."""
     from halimede.kernels.gpu.activation import gelu_tanh_and_mul, silu_and_mul
     from halimede.kernels.gpu.embedding import embed as gpu_embed
+    from halimede.kernels.gpu.gated_matmul import MAX_ROWS, gated_matmul
     from halimede.kernels.gpu.norm import add_rms_norm, rms_norm
 
     return Ops(
@@ -49,4 +54,6 @@ def triton_ops() -> Ops:
         add_rms_norm=lambda x, residual, weight, eps, doubled: add_rms_norm(x, residual, weight, eps),
         silu_and_mul=silu_and_mul,
         gelu_tanh_and_mul=gelu_tanh_and_mul,
+        gated_matmul=lambda x, weight, bias, name: gated_matmul(x, weight, bias, activation=name),
+        gated_rows=MAX_ROWS,
     )

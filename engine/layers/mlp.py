@@ -11,6 +11,11 @@ from halimede.kernels.ops import TORCH, Ops
 Activation = Literal["silu", "gelu_tanh"]
 
 
+def is_for_gated_matmul(weight: torch.Tensor) -> bool:
+    """Whether the kernel takes a weight: it has 16 bits, and lies as it was loaded, as on all but a CPU."""
+    return weight.dtype.itemsize == 2 and weight.device.type != "cpu"
+
+
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), gate and up as one matrix product."""
 
@@ -24,10 +29,19 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def prepare(self, ops: Ops) -> None:
-        """Take the activation from `ops`."""
+        """Take the activation, and what computes it with the product before it, from `ops`."""
+        self._gated_matmul, self._gated_rows = ops.gated_matmul, ops.gated_rows
         self.activation = {"silu": ops.silu_and_mul, "gelu_tanh": ops.gelu_tanh_and_mul}[self._name]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(T, hidden) -> (T, hidden)."""
-        down: torch.Tensor = self.down_proj(self.activation(self.gate_up_proj(hidden_states)))
+        down: torch.Tensor = self.down_proj(self._gate_and_up(hidden_states))
         return down
+
+    def _gate_and_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.gate_up_proj.weight, self.gate_up_proj.bias
+        few = hidden_states.shape[0] <= self._gated_rows
+        if self._gated_matmul is not None and few and is_for_gated_matmul(weight):
+            return self._gated_matmul(hidden_states, weight, bias, self._name)
+        gated: torch.Tensor = self.activation(self.gate_up_proj(hidden_states))
+        return gated

@@ -125,8 +125,9 @@ class DecodeGraphs:
 
     def size_for(self, plan: StepPlan) -> int | None:
         """The size whose graph runs a step; None if none does."""
-        rows = len(plan.slots)
-        if plan.num_tokens > rows or len(plan.sampled) < rows:
+        layout = plan.layout
+        rows = len(layout.slots)
+        if layout.num_tokens > rows or len(layout.sampled) < rows:
             return None
         for size in self._sizes:
             if size >= rows:

@@ -14,12 +14,12 @@ import torch
 
 from halimede.engine.model_input import AttentionMetadata, ModelInput, OutputRows
 from halimede.engine.runner.gpu_sampler import RandomTensors, TritonSampler
-from halimede.engine.runner.row_table import DRAWS, NewRow, StepPlan
+from halimede.engine.runner.row_table import DRAWS, NewRow, StepLayout, StepPlan
 from halimede.engine.runner.rows import ChooseTokens, RowLimits
 from halimede.engine.runner.sampler import Sample
 from halimede.engine.runner.sampling_metadata import SamplingMetadata
 from halimede.engine.runner.step_queue import Pending
-from halimede.engine.runner.upload import upload
+from halimede.engine.runner.upload import upload_words
 from halimede.kernels.gpu.row_state import (
     HEADER,
     MIN_P,
@@ -49,47 +49,52 @@ class DeviceRows:
         self._buffers = make_step_buffers(limits.max_tokens, limits.max_rows, width - HEADER, device)
         self._one_each = torch.arange(limits.max_rows + 1, dtype=torch.int32, device=device)
         self._sampler = TritonSampler(device)
+        self._layout: StepLayout | None = None  # what _step says
+        self._step = StepArrays(*[self._one_each[:0]] * 5)
+        self._decode_inputs: dict[int, ModelInput] = {}
 
     def prepare(self, plan: StepPlan, padded_rows: int | None = None) -> ModelInput:
         """See Rows.prepare."""
-        num_rows = len(plan.slots)
-        self._write_inputs(plan, padded_rows or num_rows)
+        layout = plan.layout
+        num_rows = len(layout.slots)
+        self._send(plan)
+        self._start(self._step, num_rows, padded_rows or num_rows)
         if padded_rows is not None:
             return self.decode_input(padded_rows)
-        return model_input(
+        return _model_input(
             self._buffers,
             num_rows,
-            plan.num_tokens,
-            num_outputs=len(plan.sampled),
-            max_query_len=int(plan.query_lens.max()),
+            layout.num_tokens,
+            num_outputs=len(layout.sampled),
+            max_query_len=int(layout.query_lens.max()),
             max_seq_len=int(plan.seq_lens.max()),
-            num_decode_rows=int((plan.query_lens == 1).sum()),
+            num_decode_rows=int((layout.query_lens == 1).sum()),
             outputs=self._outputs(plan),
         )
 
     def decode_input(self, num_rows: int) -> ModelInput:
         """What every step of num_rows rows reads that run one token each, whatever their lengths."""
-        return model_input(
-            self._buffers,
-            num_rows,
-            num_rows,
-            num_outputs=num_rows,
-            max_query_len=1,
-            max_seq_len=self._limits.max_model_len,
-            num_decode_rows=num_rows,
-        )
+        found = self._decode_inputs.get(num_rows)
+        if found is None:
+            found = self._decode_inputs[num_rows] = _model_input(
+                self._buffers,
+                num_rows,
+                num_rows,
+                num_outputs=num_rows,
+                max_query_len=1,
+                max_seq_len=self._limits.max_model_len,
+                num_decode_rows=num_rows,
+            )
+        return found
 
     def clear(self, padded_rows: int) -> None:
         """Make decode_input(padded_rows) a step of rows that stand for nothing."""
-        nothing = np.zeros(0, dtype=np.int32)
-        step = upload(
-            {**dict.fromkeys(_STEP, nothing), "query_start_loc": np.zeros(1, dtype=np.int32)}, self._device
-        )
-        self._start(StepArrays(**step), 0, padded_rows)
+        nothing, first = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int32)
+        self._start(StepArrays(*upload_words((nothing, first, *[nothing] * 3), self._device)), 0, padded_rows)
 
     def choose_with(self, plan: StepPlan) -> ChooseTokens:
         """See Rows.choose_with."""
-        return partial(self._choose, bool(plan.features & DRAWS))
+        return partial(self._choose, bool(plan.layout.features & DRAWS))
 
     def _choose(self, draws: bool, logits: torch.Tensor, metadata: SamplingMetadata) -> Sample:
         buffers, count = self._buffers, len(logits)
@@ -112,22 +117,29 @@ class DeviceRows:
         """See Rows.prompt_logprobs."""
         return self._sampler.launch_logprobs(logits, token_ids, num_logprobs)
 
-    def _write_inputs(self, plan: StepPlan, padded_rows: int) -> None:
-        outputs = np.full(len(plan.slots), -1, dtype=np.int32)
-        outputs[plan.sampled] = np.arange(len(plan.sampled), dtype=np.int32)
-        arrays = {
-            "slots": plan.slots,
-            "query_start_loc": plan.query_start_loc,
-            "token_offsets": plan.token_offsets,
-            "outputs": outputs,
-            "tokens": plan.tokens,
-        }
-        if plan.new_rows or plan.new_blocks:
-            arrays["words"], arrays["values"] = self._changes(plan)
-        sent = upload(arrays, self._device)
-        if "words" in sent:
-            update_rows(self._rows, sent.pop("words"), sent.pop("values"))
-        self._start(StepArrays(**sent), len(plan.slots), padded_rows)
+    def _send(self, plan: StepPlan) -> None:
+        """Bring what the device does not know there: changes of the rows, and the layout unless it is the
+        last step's."""
+        layout = plan.layout
+        arrays: list[_Ints] = []
+        if layout is not self._layout:
+            outputs = np.full(len(layout.slots), -1, dtype=np.int32)
+            outputs[layout.sampled] = np.arange(len(layout.sampled), dtype=np.int32)
+            arrays = [
+                layout.slots,
+                layout.query_start_loc,
+                layout.token_offsets,
+                outputs,
+                layout.tokens,
+            ]
+        changed = bool(plan.new_rows or plan.new_blocks)
+        if changed:
+            arrays += self._changes(plan)
+        sent = upload_words(arrays, self._device)
+        if changed:
+            update_rows(self._rows, *sent[-2:])
+        if layout is not self._layout:
+            self._layout, self._step = layout, StepArrays(*sent[:5])
 
     def _start(self, step: StepArrays, num_rows: int, padded_rows: int) -> None:
         step_inputs(
@@ -140,8 +152,8 @@ class DeviceRows:
         )
 
     def _outputs(self, plan: StepPlan) -> OutputRows | None:
-        count = len(plan.sampled)
-        if plan.prompts or plan.num_tokens == count:
+        count = len(plan.layout.sampled)
+        if plan.prompts or plan.layout.num_tokens == count:
             return None
         rows = self._buffers.output_rows[:count]
         tables = self._buffers.block_tables
@@ -151,20 +163,20 @@ class DeviceRows:
             self._buffers.seq_lens.index_select(0, rows),
         )
 
-    def _changes(self, plan: StepPlan) -> tuple[_Ints, _Ints]:
+    def _changes(self, plan: StepPlan) -> list[_Ints]:
         """Words of the matrix and what is written there; each word once: of a slot that two sequences had
         since the last step only the later one is in the plan."""
         width = self._rows.shape[1]
-        words: list[_Ints] = []
-        values: list[Any] = []
+        words: list[int] = []
+        values: list[int] = []
         for row in plan.new_rows:
-            words.append(np.arange(row.slot * width, row.slot * width + HEADER, dtype=np.int32))
-            values.append(_header(row))
+            words += range(row.slot * width, row.slot * width + HEADER)
+            values += _header(row).tolist()
         for slot, at, block_ids in plan.new_blocks:
             first = slot * width + HEADER + at
-            words.append(np.arange(first, first + len(block_ids), dtype=np.int32))
-            values.append(block_ids)
-        return np.concatenate(words), np.concatenate(values, dtype=np.int32)
+            words += range(first, first + len(block_ids))
+            values += block_ids
+        return [np.array(words, dtype=np.int32), np.array(values, dtype=np.int32)]
 
 
 def _header(row: NewRow) -> _Ints:
@@ -177,10 +189,7 @@ def _header(row: NewRow) -> _Ints:
     return header
 
 
-_STEP = ("slots", "query_start_loc", "token_offsets", "outputs", "tokens")
-
-
-def model_input(
+def _model_input(
     buffers: StepBuffers,
     num_rows: int,
     num_tokens: int,
@@ -191,7 +200,6 @@ def model_input(
     num_decode_rows: int,
     outputs: OutputRows | None = None,
 ) -> ModelInput:
-    """The buffers of a step as a model's input."""
     return ModelInput(
         input_ids=buffers.input_ids[:num_tokens],
         positions=buffers.positions[:num_tokens],

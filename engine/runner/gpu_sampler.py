@@ -37,6 +37,9 @@ class _Inputs:
         return tuple(self.tensors[name] for name in names) if names[0] in self.tensors else None
 
 
+_NOTHING = _Inputs({})
+
+
 class RandomTensors(NamedTuple):
     """What rows that draw need, of all S rows of a step, on the device; a greedy row has temperature 0.
 
@@ -118,8 +121,8 @@ class TritonSampler:
                 masks=masks,
                 banned=banned,
             )
-        if len(self._workspace.best) < len(logits):
-            self._workspace = make_draw_workspace(2 * len(logits), self._device)
+        if self._workspace.best.shape[0] < logits.shape[0]:
+            self._workspace = make_draw_workspace(2 * logits.shape[0], self._device)
         return draw_tokens(
             logits,
             self._workspace,
@@ -137,11 +140,15 @@ class TritonSampler:
         rows: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """What packed_logprobs returns; None if nobody asks, or for more than it can."""
+        if not counts:
+            return None
         vocab_size = logits.shape[-1]
         most = max((vocab_size if n == -1 else min(n, vocab_size) for n in counts), default=LARGEST_COUNT + 1)
         return packed_logprobs(logits, tokens, most, rows) if most <= LARGEST_COUNT else None
 
     def _upload(self, metadata: SamplingMetadata, rows: int) -> _Inputs:
+        if not metadata.adjusts_logits and len(metadata.wanted) in (0, rows):
+            return _NOTHING
         arrays: _Arrays = {}
         if metadata.penalties is not None:
             arrays |= _penalty_arrays(metadata.penalties, rows)

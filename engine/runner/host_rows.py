@@ -9,7 +9,7 @@ import torch
 
 from halimede.engine.model_input import AttentionMetadata, ModelInput, OutputRows
 from halimede.engine.runner.logprobs import token_logprobs
-from halimede.engine.runner.row_table import RowColumns, StepPlan
+from halimede.engine.runner.row_table import RowColumns, StepLayout, StepPlan
 from halimede.engine.runner.rows import ChooseTokens, RowLimits
 from halimede.engine.runner.sampler import Sample, TorchSampler
 from halimede.engine.runner.sampling_metadata import SamplingMetadata, random_rows
@@ -33,22 +33,23 @@ class HostRows:
         """See Rows.prepare."""
         assert padded_rows is None, "a CPU has no use for padding"
         self._apply(plan)
-        query_lens, starts = plan.query_lens.astype(np.int64), plan.starts.astype(np.int64)
-        num_tokens = plan.num_tokens
+        layout, sampled = plan.layout, plan.layout.sampled
+        query_lens, starts = layout.query_lens.astype(np.int64), plan.starts.astype(np.int64)
+        num_tokens = layout.num_tokens
         row_of = np.repeat(np.arange(len(query_lens)), query_lens)
-        positions = np.arange(num_tokens) - np.repeat(plan.query_start_loc[:-1] - starts, query_lens)
+        positions = np.arange(num_tokens) - np.repeat(layout.query_start_loc[:-1] - starts, query_lens)
         tables = self._block_tables(plan)
         blocks, offsets = np.divmod(positions, self._block_size)
         slots = tables[row_of, blocks].astype(np.int64) * self._block_size + offsets
-        only_sampled = not plan.prompts and num_tokens > len(plan.sampled)
+        only_sampled = not plan.prompts and num_tokens > len(sampled)
         return ModelInput(
-            input_ids=_tensor(self._input_ids(plan, num_tokens)),
+            input_ids=_tensor(self._input_ids(layout, num_tokens)),
             positions=_tensor(positions),
-            logits_indices=_tensor(plan.query_start_loc[1:][plan.sampled].astype(np.int64) - 1),
+            logits_indices=_tensor(layout.query_start_loc[1:][sampled].astype(np.int64) - 1),
             attn=AttentionMetadata(
                 slot_mapping=_tensor(slots),
                 block_tables=_tensor(tables),
-                query_start_loc=_tensor(plan.query_start_loc),
+                query_start_loc=_tensor(layout.query_start_loc),
                 seq_lens=_tensor(plan.seq_lens),
                 max_query_len=int(query_lens.max()),
                 max_seq_len=int(plan.seq_lens.max()),
@@ -60,7 +61,7 @@ class HostRows:
     def choose_with(self, plan: StepPlan) -> ChooseTokens:
         """See Rows.choose_with."""
         random = random_rows(plan, self._columns, self._vocab_size)
-        slots = plan.slots[plan.sampled]
+        slots = plan.layout.sampled_slots
 
         def choose(logits: torch.Tensor, metadata: SamplingMetadata) -> Sample:
             sample = self._sampler.launch(logits, metadata, random)
@@ -88,26 +89,26 @@ class HostRows:
         needed = -(-plan.seq_lens // self._block_size)
         assert (plan.num_blocks >= needed).all(), "a scheduled sequence has too few blocks for its tokens"
         width = int(needed.max())
-        tables: npt.NDArray[np.int32] = self._tables[plan.slots, :width]
+        tables: npt.NDArray[np.int32] = self._tables[plan.layout.slots, :width]
         if (plan.num_blocks > needed).any():  # nothing is in those blocks yet
             tables[np.arange(width) >= needed[:, None]] = 0
         return tables
 
-    def _input_ids(self, plan: StepPlan, num_tokens: int) -> npt.NDArray[np.int64]:
-        known = plan.token_offsets >= 0
+    def _input_ids(self, layout: StepLayout, num_tokens: int) -> npt.NDArray[np.int64]:
+        known = layout.token_offsets >= 0
         if not known.any():
-            return self._last_tokens[plan.slots]
+            return self._last_tokens[layout.slots]
         input_ids = np.empty(num_tokens, dtype=np.int64)
-        input_ids[plan.query_start_loc[:-1][~known]] = self._last_tokens[plan.slots[~known]]
-        input_ids[np.repeat(known, plan.query_lens)] = plan.tokens
+        input_ids[layout.query_start_loc[:-1][~known]] = self._last_tokens[layout.slots[~known]]
+        input_ids[np.repeat(known, layout.query_lens)] = layout.tokens
         return input_ids
 
 
 def _output_rows(tables: npt.NDArray[np.int32], plan: StepPlan) -> OutputRows:
     return OutputRows(
-        block_tables=_tensor(tables[plan.sampled]),
-        query_start_loc=torch.arange(len(plan.sampled) + 1, dtype=torch.int32),
-        seq_lens=_tensor(plan.seq_lens[plan.sampled]),
+        block_tables=_tensor(tables[plan.layout.sampled]),
+        query_start_loc=torch.arange(len(plan.layout.sampled) + 1, dtype=torch.int32),
+        seq_lens=_tensor(plan.seq_lens[plan.layout.sampled]),
     )
 
 

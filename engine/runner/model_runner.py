@@ -10,11 +10,10 @@ import torch
 from halimede.engine.model_input import KVCache
 from halimede.engine.models.base import CausalLM
 from halimede.engine.runner.decode_graphs import DecodeGraphs
-from halimede.engine.runner.row_table import PromptChunk, RowTable, StepPlan
+from halimede.engine.runner.row_table import PromptChunk, RowTable, StepLayout, StepPlan
 from halimede.engine.runner.rows import ChooseTokens, Rows
 from halimede.engine.runner.sampler import REASONS
 from halimede.engine.runner.sampling_metadata import SamplingMetadata, build_sampling_metadata
-from halimede.engine.runner.sequence_state import SequenceState
 from halimede.engine.runner.step_queue import Pending, StepQueue
 from halimede.scheduler.output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 
@@ -30,7 +29,6 @@ class _Launched:
     """A step in flight. logits (S, V): once its forward pass has been run.
 
     prompts, chosen: wait for results; chosen is None for a step that samples nothing, or not yet.
-    followed: the sequences that sample and whose tokens the host must know to sample the next.
     """
 
     plan: StepPlan | None
@@ -38,12 +36,11 @@ class _Launched:
     metadata: SamplingMetadata | None = None
     prompts: Callable[[], PromptLogprobs] = dict
     chosen: Callable[[], Chosen] | None = None
-    followed: tuple[SequenceState, ...] = ()
 
     @property
     def waits(self) -> bool:
         """Whether it is still to be sampled from."""
-        return self.plan is not None and self.chosen is None and len(self.plan.sampled) > 0
+        return self.plan is not None and self.chosen is None and len(self.plan.layout.sampled) > 0
 
 
 class ModelRunner:
@@ -90,9 +87,9 @@ class ModelRunner:
         launched = _Launched(plan)
         if plan is not None:
             launched.prompts = self._queue.submit(partial(self._forward, launched, plan))
-            launched.followed = tuple(state for state in plan.states if state.follows_tokens)
-            late = any(state.seq_id in self._awaited for state in launched.followed)
-            if len(plan.sampled) and not late:
+            layout = plan.layout
+            late = any(state.seq_id in self._awaited for state in layout.followed)
+            if len(layout.sampled) and not late:
                 self._sample(launched, plan)
         self._in_flight.append(launched)
 
@@ -108,7 +105,7 @@ class ModelRunner:
             return ModelRunnerOutput({})
         prompts = launched.prompts()
         tokens, entries = ([], []) if launched.chosen is None else launched.chosen()
-        self._follow(launched, tokens)
+        self._follow(plan.layout, tokens)
         self._sample_late()
         return _make_output(launched, plan, tokens, entries, prompts)
 
@@ -123,13 +120,14 @@ class ModelRunner:
         size = None if self._graphs is None or plan.prompts else self._graphs.size_for(plan)
         if self._graphs is not None and size is not None:
             self._rows.prepare(plan, size)
-            launched.logits = self._graphs.replay(size)[: len(plan.sampled)]
+            launched.logits = self._graphs.replay(size)[: len(plan.layout.sampled)]
             return Pending((), lambda copies: {})
         model_input = self._rows.prepare(plan)
         hidden_states = self._model(model_input, self._kv_caches)
         prompts = self._prompt_logprobs(plan.prompts, hidden_states)
-        if len(plan.sampled):
-            if model_input.outputs is None and len(hidden_states) > len(plan.sampled):
+        num_sampled = len(plan.layout.sampled)
+        if num_sampled:
+            if model_input.outputs is None and len(hidden_states) > num_sampled:
                 hidden_states = hidden_states.index_select(0, model_input.logits_indices)
             launched.logits = self._model.compute_logits(hidden_states)
         return prompts
@@ -139,7 +137,7 @@ class ModelRunner:
         launched.metadata = metadata = build_sampling_metadata(plan, vocab_size=self._vocab_size)
         choose = self._rows.choose_with(plan)
         launched.chosen = self._queue.submit(partial(self._choose, launched, metadata, choose))
-        self._awaited.update(state.seq_id for state in launched.followed)
+        self._awaited.update(state.seq_id for state in plan.layout.followed)
 
     def _choose(
         self, launched: _Launched, metadata: SamplingMetadata, choose: ChooseTokens
@@ -161,11 +159,11 @@ class ModelRunner:
         if launched is not None and launched.waits and launched.plan is not None:
             self._sample(launched, launched.plan)
 
-    def _follow(self, launched: _Launched, tokens: Sequence[int]) -> None:
+    def _follow(self, layout: StepLayout, tokens: Sequence[int]) -> None:
         """Tell the sequences of a step whose sampling hangs on it what their tokens were."""
-        if not launched.followed or launched.plan is None:
+        if not layout.followed:
             return
-        for state, token in zip(launched.plan.states, tokens, strict=True):
+        for state, token in zip(layout.states, tokens, strict=True):
             if state.follows_tokens and token >= 0:
                 state.append_token(token)
             self._awaited.discard(state.seq_id)
@@ -201,7 +199,7 @@ def _make_output(
     entries: Sequence[TokenLogprobs],
     prompts: PromptLogprobs,
 ) -> ModelRunnerOutput:
-    seq_ids = plan.sampled_seq_ids if tokens else ()
+    seq_ids = plan.layout.sampled_seq_ids if tokens else ()
     sampled: dict[int, tuple[int, ...]] = dict(zip(seq_ids, zip(tokens, strict=True), strict=True))
     errors: dict[int, str] = {}
     if tokens and min(tokens) < 0:

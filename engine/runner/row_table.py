@@ -66,46 +66,56 @@ class PromptChunk(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step of R rows and T tokens in numbers; S of the rows sample.
+class StepLayout:
+    """What is the same in every step of the same R rows with the same numbers of tokens, T in all; S sample.
 
-    slots, starts, query_lens (R): a row's slot, the tokens before this step's, and how many it runs.
-    query_start_loc (R + 1). seq_lens (R): starts + query_lens. num_blocks (R): blocks of its table.
+    slots, query_lens (R): a row's slot and the tokens it runs. query_start_loc (R + 1).
     tokens (P): ids of tokens that the host knows; token_offsets (R): where a row's begin in there, -1 for a
     row of one token, the one that it sampled last.
-    sampled (S): the rows that sample; states: theirs.
-    features: what of DRAWS, FILTERS, ... any of those asks for.
-    prompts: the prompt log-probabilities that are asked for.
-    new_rows, new_blocks: what changes before the step, in this order.
+    sampled (S): the rows that sample; sampled_slots, sampled_seq_ids, states: theirs.
+    features: what of DRAWS, FILTERS, ... any of those asks for; adjusted, reporting: the places among them of
+    those that ask for ADJUSTS and LOGPROBS. followed: those whose tokens the host must know.
+    repeats: whether the step after it may be just like it: all rows go on with the token that they sampled.
     """
 
+    seq_ids: tuple[int, ...]
     slots: _Ints
-    starts: _Ints
     query_lens: _Ints
     query_start_loc: _Ints
-    seq_lens: _Ints
-    num_blocks: _Ints
     tokens: _Ints
     token_offsets: _Ints
     sampled: _Longs
-    seq_ids: tuple[int, ...]
+    sampled_slots: _Ints
+    sampled_seq_ids: Sequence[int]
     states: tuple[SequenceState, ...]
     features: int
-    prompts: tuple[PromptChunk, ...]
-    new_rows: tuple[NewRow, ...]
-    new_blocks: tuple[NewBlocks, ...]
+    adjusted: tuple[int, ...]
+    reporting: tuple[int, ...]
+    followed: tuple[SequenceState, ...]
+    repeats: bool
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return int(self.query_start_loc[-1])
 
-    @property
-    def sampled_seq_ids(self) -> Sequence[int]:
-        """seq_ids of the rows that sample."""
-        if len(self.sampled) == len(self.seq_ids):
-            return self.seq_ids
-        return [self.seq_ids[row] for row in self.sampled.tolist()]
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step in numbers. The layout is the last step's own where nothing of it has changed.
+
+    starts, seq_lens (R): a row's tokens before and after the step. num_blocks (R): blocks of its table.
+    prompts: the prompt log-probabilities that are asked for.
+    new_rows, new_blocks: what changes before the step, in this order.
+    """
+
+    layout: StepLayout
+    starts: _Ints
+    seq_lens: _Ints
+    num_blocks: _Ints
+    prompts: tuple[PromptChunk, ...]
+    new_rows: tuple[NewRow, ...]
+    new_blocks: tuple[NewBlocks, ...]
 
 
 class RowColumns:
@@ -161,6 +171,7 @@ class RowTable:
         self._states: list[SequenceState | None] = [None] * max_rows
         self._num_known = np.zeros(max_rows, dtype=np.int32)
         self._num_blocks = np.zeros(max_rows, dtype=np.int32)
+        self._last: _Last | None = None
 
     def state(self, seq_id: int) -> SequenceState | None:
         """A sequence's state, None if it is not known (any more)."""
@@ -181,31 +192,55 @@ class RowTable:
                 for seq_id, start, new in zip(seq_ids, begins, news, strict=True)
                 if new is not None
             )
+        last, key = self._last, (seq_ids, counts, samples)
+        if last is not None and not new_rows and last.plan.layout.repeats and last.key == key:
+            layout, starts = last.plan.layout, last.plan.seq_lens
+            assert starts[0] == begins[0], "a row goes on where it was"
+            prompts: tuple[PromptChunk, ...] = ()
+        else:
+            starts = np.array(begins, dtype=np.int32)
+            layout = self._lay_out(seq_ids, np.array(counts, dtype=np.int32), starts, samples)
+            prompts = tuple(self._prompts(layout, starts))
+        plan = StepPlan(
+            layout=layout,
+            starts=starts,
+            seq_lens=starts + layout.query_lens,
+            new_blocks=tuple(self._add_blocks(layout.slots, blocks)) if any(blocks) else (),
+            num_blocks=self._num_blocks[layout.slots],
+            prompts=prompts,
+            new_rows=new_rows,
+        )
+        self._last = _Last(key, plan)
+        return plan
+
+    def _lay_out(
+        self, seq_ids: tuple[int, ...], query_lens: _Ints, starts: _Ints, samples: Sequence[bool]
+    ) -> StepLayout:
         slots = np.fromiter(map(self._slots.__getitem__, seq_ids), dtype=np.int32, count=len(seq_ids))
-        new_blocks = tuple(self._add_blocks(slots, blocks)) if any(blocks) else ()
-        starts, query_lens = np.array(begins, dtype=np.int32), np.array(counts, dtype=np.int32)
         query_start_loc = np.zeros(len(seq_ids) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=query_start_loc[1:])
         tokens, token_offsets = self._known_tokens(slots, starts, query_lens)
         sampled = np.flatnonzero(samples)
         sampled_slots = slots[sampled]
-        states = self._states
-        return StepPlan(
+        features = self.columns.features[sampled_slots]
+        states = [self._states[slot] for slot in sampled_slots.tolist()]
+        known = tuple(state for state in states if state is not None)
+        return StepLayout(
+            seq_ids=seq_ids,
             slots=slots,
-            starts=starts,
             query_lens=query_lens,
             query_start_loc=query_start_loc,
-            seq_lens=starts + query_lens,
-            num_blocks=self._num_blocks[slots],
             tokens=tokens,
             token_offsets=token_offsets,
             sampled=sampled,
-            seq_ids=seq_ids,
-            states=tuple([states[slot] for slot in sampled_slots.tolist()]),
-            features=int(np.bitwise_or.reduce(self.columns.features[sampled_slots], initial=0)),
-            prompts=tuple(self._prompts(slots, starts, query_start_loc)),
-            new_rows=new_rows,
-            new_blocks=new_blocks,
+            sampled_slots=sampled_slots,
+            sampled_seq_ids=[seq_ids[row] for row in sampled.tolist()],
+            states=known,
+            features=int(np.bitwise_or.reduce(features, initial=0)),
+            adjusted=tuple(np.flatnonzero(features & ADJUSTS).tolist()),
+            reporting=tuple(np.flatnonzero(features & LOGPROBS).tolist()),
+            followed=tuple(state for state in known if state.follows_tokens),
+            repeats=not len(tokens) and len(sampled) == len(seq_ids),
         )
 
     def _forget(self, seq_id: int) -> None:
@@ -246,12 +281,19 @@ class RowTable:
             size += count
         return np.concatenate(pieces) if pieces else offsets[:0], offsets
 
-    def _prompts(self, slots: _Ints, starts: _Ints, query_start_loc: _Ints) -> Iterator[PromptChunk]:
-        for row in np.flatnonzero(self.columns.features[slots] & PROMPT_LOGPROBS).tolist():
-            state, first = self._states[slots[row]], int(query_start_loc[row])
+    def _prompts(self, layout: StepLayout, starts: _Ints) -> Iterator[PromptChunk]:
+        for row in np.flatnonzero(self.columns.features[layout.slots] & PROMPT_LOGPROBS).tolist():
+            state = self._states[layout.slots[row]]
             assert state is not None, "a row belongs to a sequence"
-            start, count = int(starts[row]) + 1, int(query_start_loc[row + 1]) - first
+            start, count = int(starts[row]) + 1, int(layout.query_lens[row])
             targets = state.token_ids[start : min(start + count, state.num_prompt_tokens)]
             num_logprobs = state.request.sampling_params.prompt_logprobs
             if targets and num_logprobs is not None:
-                yield PromptChunk(state.seq_id, first, targets, num_logprobs)
+                yield PromptChunk(state.seq_id, int(layout.query_start_loc[row]), targets, num_logprobs)
+
+
+class _Last(NamedTuple):
+    """The step before, and what must be equal for the next one to be like it."""
+
+    key: tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]
+    plan: StepPlan

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from halimede.engine.runner.row_table import ADJUSTS, DRAWS, FILTERS, LOGPROBS, RowColumns, StepPlan
+from halimede.engine.runner.row_table import DRAWS, FILTERS, RowColumns, StepPlan
 from halimede.engine.runner.sequence_state import SequenceState
 
 _Row = tuple[int, SequenceState]
@@ -91,42 +91,34 @@ class SamplingMetadata:
 
 def build_sampling_metadata(plan: StepPlan, *, vocab_size: int) -> SamplingMetadata:
     """The SamplingMetadata of a step's rows as their sequences are now, tensors on the CPU."""
-    features, rows = plan.features, enumerate(plan.states)
-    adjusted: list[_Row] = []
-    wanted: list[tuple[int, int]] = []
-    if features & (ADJUSTS | LOGPROBS):
-        adjusted = list(rows)
-        wanted = [
-            (row, count)
-            for row, state in adjusted
-            if (count := state.request.sampling_params.logprobs) is not None
-        ]
-    if not features & ADJUSTS:
-        adjusted = []
-    num_tokens = plan.seq_lens[plan.sampled].tolist() if adjusted else []
+    layout = plan.layout
+    adjusted = [(row, layout.states[row]) for row in layout.adjusted]
+    num_tokens = plan.seq_lens[layout.sampled].tolist() if adjusted else []
+    params = [layout.states[row].request.sampling_params for row in layout.reporting]
     return SamplingMetadata(
-        draws=bool(features & DRAWS),
-        filters=bool(features & FILTERS),
+        draws=bool(layout.features & DRAWS),
+        filters=bool(layout.features & FILTERS),
         forbidden=tuple((row, s.forbidden) for row, s in adjusted if s.forbidden is not None),
         banned=_banned(adjusted, num_tokens, vocab_size),
         bias=_bias(adjusted, vocab_size),
         penalties=_penalties(adjusted),
-        wanted=tuple(row for row, _ in wanted),
-        num_logprobs=tuple(count for _, count in wanted),
+        wanted=layout.reporting,
+        num_logprobs=tuple([p.logprobs for p in params if p.logprobs is not None]),
     )
 
 
 def random_rows(plan: StepPlan, columns: RowColumns, vocab_size: int) -> RandomRows | None:
     """The RandomRows of a step on the CPU; None if no row draws."""
-    if not plan.features & DRAWS:
+    layout = plan.layout
+    if not layout.features & DRAWS:
         return None
-    slots = plan.slots[plan.sampled]
+    slots = layout.sampled_slots
     rows = np.flatnonzero(columns.temperature[slots])
     slots = slots[rows]
-    keys = np.stack([columns.seed[slots], plan.seq_lens[plan.sampled][rows].astype(np.int64)], axis=1)
+    keys = np.stack([columns.seed[slots], plan.seq_lens[layout.sampled][rows].astype(np.int64)], axis=1)
     min_p, top_k, top_p = columns.min_p[slots], columns.top_k[slots], columns.top_p[slots]
     return RandomRows(
-        rows=None if len(rows) == len(plan.sampled) else torch.from_numpy(rows),
+        rows=None if len(rows) == len(layout.sampled) else torch.from_numpy(rows),
         keys=keys,
         temperature=torch.from_numpy(columns.temperature[slots, None]),
         min_p=torch.from_numpy(min_p[:, None]) if (min_p > 0).any() else None,

@@ -1,6 +1,6 @@
 """Arrays of the host to the device in one copy that nobody waits for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 
 _Array = npt.NDArray[Any]
 _ALIGNMENT = 16
+_WORDS = _ALIGNMENT // 4
 
 
 def upload(arrays: Mapping[str, _Array], device: torch.device) -> dict[str, torch.Tensor]:
@@ -30,3 +31,21 @@ def upload(arrays: Mapping[str, _Array], device: torch.device) -> dict[str, torc
 
 def _torch_dtype(array: _Array) -> torch.dtype:
     return torch.from_numpy(array[:0]).dtype
+
+
+def upload_words(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
+    """Copies of flat int32 arrays on the device, as upload makes them; this one is for every step."""
+    if not arrays:
+        return []
+    sizes = [len(array) for array in arrays]
+    padded = [-(-size // _WORDS) * _WORDS for size in sizes]
+    staging = torch.empty(sum(padded), dtype=torch.int32, pin_memory=device.type == "cuda")
+    host, at = staging.numpy(), 0
+    for array, size, room in zip(arrays, sizes, padded, strict=True):
+        host[at : at + size] = array
+        at += room
+    pieces = torch.split(staging.to(device, non_blocking=True), padded)
+    return [
+        piece if size == room else piece[:size]
+        for piece, size, room in zip(pieces, sizes, padded, strict=True)
+    ]

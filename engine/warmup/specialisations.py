@@ -74,7 +74,7 @@ def _run_steps(
     for plan in sampling_plans(model_config.vocab_size, _logprob_counts(config, model_config)):
         rows.prepare(plan)
         metadata = build_sampling_metadata(plan, vocab_size=model_config.vocab_size)
-        rows.choose_with(plan)(model.compute_logits(hidden[: len(plan.sampled)]), metadata)
+        rows.choose_with(plan)(model.compute_logits(hidden[: len(plan.layout.sampled)]), metadata)
 
 
 def _caches(spec: KVCacheSpec, target: Target) -> Iterator[tuple[KVCache, ...]]:

@@ -11,6 +11,7 @@ arrive writes the token and puts the workspace back as it was. Reads the logits 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from halimede.errors import KernelError
 from halimede.kernels.gpu.sampling_adjust import HIDES_BROKEN, HIDES_FINITE
 from halimede.kernels.gpu.sampling_select import LN_2, load_logits, order_image
-from halimede.kernels.launch import launch, target_of
+from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.random_stream import stream_keys, torch_bits
 from halimede.kernels.spec import Case, Fault, KernelSpec, Tensors, Work
 from halimede.kernels.target import Target
@@ -166,15 +167,20 @@ def draw_tokens(
     temperature and keys: None if no row draws. threshold: (cut, last), None if no row is filtered.
     """
     _check(logits, workspace, (temperature, keys), (flags, *(threshold or ())))
-    (rows, size), target = logits.shape, target_of(logits)
-    config = pick_config(
-        "sampling_draw", target, f"{logits.dtype}", size, lambda: _heuristic(size, logits.dtype, target)
+    rows, size = logits.shape
+    variant = _variant(
+        target_of(logits),
+        logits.dtype,
+        size,
+        logits.stride(0),
+        temperature is not None,
+        threshold is not None and temperature is not None,
+        flags is not None,
     )
-    num_splits = triton.cdiv(size, config.blocks["BLOCK"] * _BLOCKS_A_PROGRAM.value)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    num_splits = -(-size // (variant.constants["BLOCK"] * _BLOCKS_A_PROGRAM.value))
+    tokens = workspace.best.new_empty(rows)
     cut, last = (tokens, tokens) if threshold is None else threshold
-    launch(
-        _draw_kernel,
+    variant.start(
         (num_splits, rows),
         logits,
         tokens if temperature is None else temperature,
@@ -186,14 +192,30 @@ def draw_tokens(
         workspace.best,
         workspace.arrived,
         num_splits,
-        config=config,
-        SIZE=size,
-        STRIDE=logits.stride(0),
-        RANDOM=temperature is not None,
-        FILTERED=threshold is not None and temperature is not None,
-        FLAGGED=flags is not None,
     )
     return tokens
+
+
+@cache
+def _variant(
+    target: Target,
+    dtype: torch.dtype,
+    size: int,
+    stride: int,
+    random: bool,
+    filtered: bool,
+    flagged: bool,
+) -> Variant:
+    config = pick_config("sampling_draw", target, f"{dtype}", size, lambda: _heuristic(size, dtype, target))
+    return Variant(
+        _draw_kernel,
+        config,
+        SIZE=size,
+        STRIDE=stride,
+        RANDOM=random,
+        FILTERED=filtered,
+        FLAGGED=flagged,
+    )
 
 
 def _check(
@@ -203,14 +225,15 @@ def _check(
     others: tuple[torch.Tensor | None, ...],
 ) -> None:
     """drawing: given together or not at all."""
-    rows, given = len(logits), [p for p in (*drawing, *others) if p is not None]
-    if logits.stride(1) != 1 or len(workspace.best) < rows or len({p is None for p in drawing}) != 1:
+    rows, given = logits.shape[0], [p for p in (*drawing, *others) if p is not None]
+    alike = (drawing[0] is None) == (drawing[1] is None)
+    if logits.stride(1) != 1 or workspace.best.shape[0] < rows or not alike:
         raise KernelError(
             f"draw_tokens takes logits (S, V) with unit stride, a workspace for S rows, temperature and keys "
             f"together; got {tuple(logits.shape)} with strides {logits.stride()}, a workspace for "
             f"{len(workspace.best)}"
         )
-    if any(len(p) != rows or not p.is_contiguous() for p in given):
+    if any(p.shape[0] != rows or not p.is_contiguous() for p in given):
         raise KernelError(
             f"draw_tokens takes contiguous parameters of {rows} rows; got {[tuple(p.shape) for p in given]} "
             f"with strides {[p.stride() for p in given]}"

@@ -12,6 +12,7 @@ import torch
 
 from halimede import LLM, SamplingParams
 from halimede.engine.executor import settings as settings_module
+from halimede.engine.layers import mlp
 from halimede.engine.layers.linear import Linear
 from halimede.kernels.launch import Launch, intercepting
 from halimede.kernels.target import Target
@@ -103,6 +104,8 @@ def nothing_computed(target: Target, on_launch: Callable[[Launch], None]) -> Ite
         return x.new_zeros(x.shape[0], self.weight.shape[0])
 
     before = Linear.forward, Linear.prepare, settings_module.resolve_activation_dtype
+    is_for_gated_matmul = mlp.is_for_gated_matmul
+    mlp.is_for_gated_matmul = lambda weight: weight.dtype.itemsize == 2
     Linear.forward, Linear.prepare = product, lambda self, *args, **options: None  # type: ignore
     settings_module.resolve_activation_dtype = lambda dtype, device: dtype  # as on a GPU
     try:
@@ -111,6 +114,7 @@ def nothing_computed(target: Target, on_launch: Callable[[Launch], None]) -> Ite
     finally:
         Linear.forward, Linear.prepare = before[:2]  # type: ignore[method-assign]
         settings_module.resolve_activation_dtype = before[2]
+        mlp.is_for_gated_matmul = is_for_gated_matmul
 
 
 def open_llm(folder: Path, **settings: Any) -> LLM:

@@ -27,7 +27,7 @@ def assert_same_logprobs(ours: TokenLogprobs, theirs: TokenLogprobs) -> None:
 
 def run_triton(logits: torch.Tensor, news: list[NewSequence], sampler: TritonSampler | None = None) -> Choice:
     plan, table = plan_of(news, logits.shape[-1])
-    columns, slots = table.columns, plan.slots
+    columns, slots = table.columns, plan.layout.slots
     keys = np.stack([columns.seed[slots], plan.seq_lens.astype(np.int64)], axis=1)
     columns_of = (columns.temperature, columns.min_p, columns.top_k, columns.top_p)
     random = RandomTensors(*(torch.from_numpy(c[slots]) for c in columns_of), torch.from_numpy(keys))

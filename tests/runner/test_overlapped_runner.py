@@ -2,7 +2,8 @@
 
 import math
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from delayed_queue import DelayedQueue
 from tiny_models import VOCAB_SIZE, load_model, make_kv_caches, write_tiny_checkpoint
 
 from halimede.engine.core import EngineCore
+from halimede.engine.layers.attention_gpu import GpuBackend, TritonAttention
 from halimede.engine.models.base import CausalLM
-from halimede.engine.runner.build_runner import make_host_runner
+from halimede.engine.runner.build_runner import make_device_runner, make_graphs, make_host_runner
+from halimede.engine.runner.decode_graphs import DecodeGraphs, capture_sizes
+from halimede.engine.runner.device_rows import DeviceRows
 from halimede.engine.runner.model_runner import ModelRunner
 from halimede.engine.runner.rows import RowLimits
 from halimede.engine.runner.step_queue import HostQueue, StepQueue
@@ -186,3 +190,89 @@ def test_random_plans_give_what_the_synchronous_loop_gives(model: CausalLM) -> N
     assert late > 20
     assert deep > 2
     assert reasons == {"stop", "length", "abort"}
+
+
+class Recording:
+    """A recorder without a GPU: a replay runs the work again, over inputs that stay where they are, and
+    writes the tensor that the recorded run returned. limit: rows of the largest that the memory holds."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self.recorded: list[int] = []
+        self.replayed = 0
+        self.released = 0
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        output = work()
+        if len(output) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.recorded.append(len(output))
+
+        def replay() -> torch.Tensor:
+            self.replayed += 1
+            return output.copy_(work())
+
+        return replay
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def make_graph_runner(
+    model: CausalLM, config: SchedulerConfig, queue: StepQueue, recorder: Recording, *, lazily: bool = False
+) -> tuple[ModelRunner, DecodeGraphs]:
+    caches = make_kv_caches(model, config.num_blocks, config.block_size, fill=0.0)
+    limits = limits_of(config)
+    rows = DeviceRows(limits, CPU)
+    sizes = capture_sizes(config.max_num_seqs)
+    graphs = make_graphs(model, caches, rows, recorder, sizes, lazily=lazily)
+    graphs.record_all()
+    return make_device_runner(model, caches, limits, rows, queue, graphs), graphs
+
+
+@pytest.fixture(scope="module")
+def triton_model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    """One whose kernels are interpreted."""
+    backend = GpuBackend(TritonAttention(32, 6))
+    return load_model(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")), backend=backend)
+
+
+def plan_for_triton(seed: int) -> Plan:
+    """With blocks as large as kernels take them, few of them, and few tokens: they are interpreted."""
+    plan = Plan.make(seed)
+    requests = [
+        (turn, replace(request, sampling_params=request.sampling_params.replace(max_tokens=4)))
+        for turn, request in plan.requests[:4]
+    ]
+    return Plan(replace(plan.config, block_size=16, num_blocks=6), tuple(requests), plan.aborts)
+
+
+@pytest.mark.parametrize(("seed", "lazily"), [(0, False), (4, True)])
+def test_graphs_give_what_steps_without_them_give(
+    model: CausalLM, triton_model: CausalLM, seed: int, lazily: bool
+) -> None:
+    """Padding, lengths read on the device, and what a graph must not have kept of the step it was made from."""
+    plan = plan_for_triton(seed)
+    expected, _ = live(plan, make_runner(model, plan.config, HostQueue()), depth=1)
+    recorder = Recording()
+    runner, _ = make_graph_runner(triton_model, plan.config, DelayedQueue(seed), recorder, lazily=lazily)
+    before = recorder.replayed
+    got, _ = live(plan, runner, depth=2)
+    assert {name: r.tokens for name, r in got.items()} == {name: r.tokens for name, r in expected.items()}
+    assert recorder.replayed > before
+
+
+def test_what_does_not_fit_runs_without_a_graph(
+    model: CausalLM, triton_model: CausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_for_triton(4)
+    assert plan.config.max_num_seqs > 2
+    recorder = Recording(limit=2)
+    runner, graphs = make_graph_runner(triton_model, plan.config, HostQueue(), recorder)
+    assert graphs.sizes == [1, 2]
+    assert recorder.released == len(capture_sizes(plan.config.max_num_seqs)) - 2
+    assert "no memory for a graph of" in caplog.text
+    assert "Tried to allocate 2.00 GiB" in caplog.text
+    expected, _ = live(plan, make_runner(model, plan.config, HostQueue()), depth=1)
+    got, _ = live(plan, runner, depth=1)
+    assert {name: r.tokens for name, r in got.items()} == {name: r.tokens for name, r in expected.items()}

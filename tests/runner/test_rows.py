@@ -129,7 +129,7 @@ def assert_inputs(found: ModelInput, life: Life, output: SchedulerOutput, block_
 
 
 def sample(rows: Rows, plan: StepPlan, seed: int) -> list[int]:
-    logits = torch.randn(len(plan.sampled), VOCAB, generator=torch.Generator().manual_seed(seed))
+    logits = torch.randn(len(plan.layout.sampled), VOCAB, generator=torch.Generator().manual_seed(seed))
     metadata = build_sampling_metadata(plan, vocab_size=VOCAB)
     tokens: list[int] = rows.choose_with(plan)(logits, metadata).tokens.tolist()
     assert tokens == logits.argmax(1).tolist()
@@ -149,9 +149,9 @@ def test_a_random_life(kind: str, block_size: int) -> None:
         if plan is None:
             continue
         assert_inputs(rows.prepare(plan), life, output, block_size)
-        if len(plan.sampled):
+        if len(plan.layout.sampled):
             tokens = sample(rows, plan, number)
-            for seq_id, token in zip(plan.sampled_seq_ids, tokens, strict=True):
+            for seq_id, token in zip(plan.layout.sampled_seq_ids, tokens, strict=True):
                 life.known[seq_id].tokens.append(token)
                 if len(life.known[seq_id].tokens) == MAX_LEN:
                     del life.known[seq_id]
