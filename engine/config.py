@@ -80,7 +80,7 @@ class EngineConfig(KeywordChecked):
         True, "On a GPU: schedule and launch a step while the one before it still runs."
     )
     profile: str | None = _option(
-        None, "Folder for traces of torch's profiler, one of each generate(), chat() or benchmark run."
+        None, "Folder for traces of torch's profiler, one of each run: a generate(), a chat() or a stream."
     )
     seed: int = _option(0, "Seed of requests that have none of their own.")
     max_model_len: int | None = _option(

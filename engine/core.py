@@ -116,6 +116,14 @@ class EngineCore:
         """Forget every cached block; False while sequences are running."""
         return self._scheduler.reset_prefix_cache()
 
+    def start_profile(self, folder: str) -> None:
+        """See Executor.start_profile."""
+        self._executor.start_profile(folder)
+
+    def stop_profile(self) -> str:
+        """See Executor.stop_profile."""
+        return self._executor.stop_profile()
+
     def shutdown(self) -> None:
         """Free the model and the KV cache; the engine cannot be used again."""
         self._in_flight.clear()

@@ -1,6 +1,7 @@
 """The offline front end: `LLM("model").generate(prompts)`. The engine runs in the caller's process."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, get_args
 
@@ -62,6 +63,7 @@ class LLM:
         )
         self._outputs = OutputProcessor(self._tokenizer)
         self._engine = InProcessEngine(self._core, self._inputs, self._outputs)
+        self._profiling = False
 
     def generate(
         self,
@@ -164,18 +166,19 @@ class LLM:
         params = sampling_params or self._defaults
         submitted: list[ProcessedRequest] = []
         outputs: list[RequestOutput] = []
-        try:
-            with defer_interrupts():
-                processed = self._engine.submit(prompt, params, add_special_tokens=add_special_tokens)
-                submitted.append(processed)
-            while not (outputs and outputs[-1].finished):
-                outputs = self._engine.step_for([processed.request_id])
-                for output in outputs:
-                    if output.error is not None:
-                        raise output.error
-                    yield output
-        finally:
-            self._engine.abandon(submitted)
+        with self._profiled():
+            try:
+                with defer_interrupts():
+                    processed = self._engine.submit(prompt, params, add_special_tokens=add_special_tokens)
+                    submitted.append(processed)
+                while not (outputs and outputs[-1].finished):
+                    outputs = self._engine.step_for([processed.request_id])
+                    for output in outputs:
+                        if output.error is not None:
+                            raise output.error
+                        yield output
+            finally:
+                self._engine.abandon(submitted)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The transformers tokenizer. RequestError with skip_tokenizer_init=True."""
@@ -190,6 +193,34 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix."""
         return self._core.reset_prefix_cache()
+
+    def start_profile(self, folder: str | None = None) -> None:
+        """Record what the engine runs with torch's profiler. folder: for the trace; None is config.profile.
+
+        ConfigError without a folder, for one that cannot be written to, and if a record is being made.
+        """
+        folder = folder or self.config.profile
+        if folder is None:
+            raise ConfigError("no folder for the profile: give start_profile a folder, or set profile")
+        self._core.start_profile(folder)
+        self._profiling = True
+
+    def stop_profile(self) -> str:
+        """Write the trace, for https://ui.perfetto.dev; its path. ConfigError if no record is being made."""
+        self._profiling = False
+        return self._core.stop_profile()
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Record what is run inside, if the configuration asks for it and nobody does already."""
+        if self.config.profile is None or self._profiling:
+            yield
+            return
+        self.start_profile()
+        try:
+            yield
+        finally:
+            self.stop_profile()
 
     def shutdown(self) -> None:
         """Free the model and the KV cache; the LLM cannot be used again."""
@@ -231,7 +262,7 @@ class LLM:
             if output.error is not None:
                 errors.append((index, output.error))
 
-        with RequestWindow(self._engine, requests, self._defaults) as window:
+        with self._profiled(), RequestWindow(self._engine, requests, self._defaults) as window:
             for index, output in window.fill():
                 take(index, output)
             if errors and on_error == "raise":
@@ -244,9 +275,8 @@ class LLM:
             raise _summary(errors, count, [None if r is None or r.error else r for r in results])
         return cast("list[RequestOutput]", results)
 
-    @staticmethod
-    def _run_lazily(window: RequestWindow[Key]) -> Iterator[tuple[Key, RequestOutput]]:
-        with window:
+    def _run_lazily(self, window: RequestWindow[Key]) -> Iterator[tuple[Key, RequestOutput]]:
+        with self._profiled(), window:
             yield from window
 
 

@@ -5,6 +5,7 @@ TORCH runs on every device; triton_ops() are the Triton kernels, for GPUs (inter
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -12,15 +13,17 @@ from halimede.kernels import activation, norm
 from halimede.kernels.embedding import embed
 
 _Tensor = torch.Tensor
+Gate = Literal["silu", "gelu_tanh"]
+"""What the first half of a gated product goes through."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
     """Functions of one signature whatever runs them; docstrings are in kernels/.
 
-    rms_norm, add_rms_norm: `doubled` is for the CPU only, see kernels/norm.py. gated_matmul: the two halves of
-    a gated feed-forward product and its activation in one, given its name; for up to gated_rows rows of 16
-    bits, None where there is none.
+    rms_norm, add_rms_norm: `doubled` is for the CPU only, see kernels/norm.py. gated_matmul: gate and up of a
+    gated feed-forward layer and the activation over them in one, for up to gated_rows rows of 16 bits; None
+    where there is none.
     """
 
     embed: Callable[[_Tensor, _Tensor, float, torch.dtype], _Tensor]
@@ -28,7 +31,7 @@ class Ops:
     add_rms_norm: Callable[[_Tensor, _Tensor, _Tensor, float, _Tensor | None], _Tensor]
     silu_and_mul: Callable[[_Tensor], _Tensor]
     gelu_tanh_and_mul: Callable[[_Tensor], _Tensor]
-    gated_matmul: Callable[[_Tensor, _Tensor, _Tensor | None, str], _Tensor] | None = None
+    gated_matmul: Callable[[_Tensor, _Tensor, _Tensor | None, Gate], _Tensor] | None = None
     gated_rows: int = 0
 
 

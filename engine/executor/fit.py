@@ -2,18 +2,17 @@
 
 import logging
 from collections.abc import Callable
-
-import torch
+from dataclasses import dataclass
 
 from halimede.engine.config import EngineConfig
 from halimede.engine.executor.backend import captures_graphs
-from halimede.engine.model_input import KVCache
 from halimede.engine.models.base import CausalLM
 from halimede.engine.runner.build_runner import make_device_runner, make_graphs, make_host_runner
-from halimede.engine.runner.decode_graphs import CudaRecorder, capture_sizes
+from halimede.engine.runner.decode_graphs import CudaRecorder, Recorder, capture_sizes
 from halimede.engine.runner.kv_cache import KVCacheSize, KVCacheSpec, allocate_kv_caches, size_kv_cache
 from halimede.engine.runner.memory import (
-    GpuUse,
+    CudaMemory,
+    GpuMemory,
     activation_bytes,
     cpu_kv_bytes,
     gpu_kv_bytes,
@@ -30,6 +29,14 @@ logger = logging.getLogger(__name__)
 _GIB = 1 << 30
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What there is on a GPU and not on a CPU. recorder: a new one, None where no graphs are to be."""
+
+    memory: GpuMemory
+    recorder: Callable[[], Recorder] | None
+
+
 def make_runner(
     config: EngineConfig, model: CausalLM, settings: ExecutionSettings
 ) -> tuple[KVCacheSize, ModelRunner]:
@@ -37,61 +44,66 @@ def make_runner(
 
     ConfigError for a cache that cannot be had.
     """
-    spec = KVCacheSpec.from_model(model.config, dtype=settings.kv_cache_dtype, block_size=config.block_size)
-    limits = RowLimits(
+    if not settings.uses_triton:
+        spec = _spec(config, model, settings)
+        size = _size(config, model, spec, cpu_kv_bytes)
+        kv_caches = allocate_kv_caches(spec, size.num_blocks, settings.device)
+        return size, make_host_runner(model, kv_caches, _limits(config, settings))
+    device = settings.device
+    if device.type == "cpu":
+        return make_triton_runner(config, model, settings, None)
+    graphs = captures_graphs(settings.attention) and not config.enforce_eager
+    gpu = Gpu(CudaMemory(device), (lambda: CudaRecorder(device)) if graphs else None)
+    return make_triton_runner(config, model, settings, gpu)
+
+
+def make_triton_runner(
+    config: EngineConfig, model: CausalLM, settings: ExecutionSettings, gpu: Gpu | None
+) -> tuple[KVCacheSize, ModelRunner]:
+    """`make_runner` for Triton kernels: on a GPU, or interpreted."""
+    # Not above: for a CPU Triton need not be installed.
+    from halimede.engine.runner.device_rows import DeviceRows
+
+    device, limits, spec = settings.device, _limits(config, settings), _spec(config, model, settings)
+    rows, queue = DeviceRows(limits, device), make_queue(device)
+    recorder = None if gpu is None else gpu.recorder
+    sizes = [] if recorder is None else capture_sizes(config.max_num_seqs)
+
+    def free_bytes() -> int:
+        """Measured with a cache of one block, which is gone when the real one is allocated."""
+        if gpu is None:
+            return cpu_kv_bytes()
+        kv_caches = allocate_kv_caches(spec, 1, device)
+        trial = make_device_runner(model, kv_caches, limits, rows, queue)
+        step = largest_step(config, spec, settings.max_model_len)
+        activations = activation_bytes(trial, step, gpu.memory)
+        taken = 0
+        if recorder is not None:
+            record = make_graphs(model, kv_caches, rows, recorder(), sizes).record
+            taken = graph_bytes(record, sizes, gpu.memory)
+            del record
+        return gpu_kv_bytes(config, gpu.memory, activations=activations, graphs=taken)
+
+    size = _size(config, model, spec, free_bytes)
+    kv_caches = allocate_kv_caches(spec, size.num_blocks, device)
+    graphs = None
+    if recorder is not None:
+        graphs = make_graphs(model, kv_caches, rows, recorder(), sizes, lazily=config.lazy_graph_capture)
+        graphs.record_all()
+    return size, make_device_runner(model, kv_caches, limits, rows, queue, graphs)
+
+
+def _spec(config: EngineConfig, model: CausalLM, settings: ExecutionSettings) -> KVCacheSpec:
+    return KVCacheSpec.from_model(model.config, dtype=settings.kv_cache_dtype, block_size=config.block_size)
+
+
+def _limits(config: EngineConfig, settings: ExecutionSettings) -> RowLimits:
+    return RowLimits(
         max_rows=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         block_size=config.block_size,
     )
-    if not settings.uses_triton:
-        size = _size(config, model, spec, cpu_kv_bytes)
-        return size, make_host_runner(model, _allocate(spec, size, settings), limits)
-    return _make_device_runner(config, model, settings, spec, limits)
-
-
-def _make_device_runner(
-    config: EngineConfig,
-    model: CausalLM,
-    settings: ExecutionSettings,
-    spec: KVCacheSpec,
-    limits: RowLimits,
-) -> tuple[KVCacheSize, ModelRunner]:
-    # Not above: for a CPU Triton need not be installed.
-    from halimede.engine.runner.device_rows import DeviceRows
-
-    device = settings.device
-    rows, queue = DeviceRows(limits, device), make_queue(device)
-    sizes: list[int] = []
-    if device.type == "cuda" and captures_graphs(settings.attention) and not config.enforce_eager:
-        sizes = capture_sizes(config.max_num_seqs)
-
-    def free_bytes() -> int:
-        if device.type == "cpu":
-            return cpu_kv_bytes()
-        return gpu_kv_bytes(config, measure(), device)
-
-    def measure() -> GpuUse:
-        """With a cache of one block, which is gone when the real one is allocated."""
-        kv_caches = allocate_kv_caches(spec, 1, device)
-        runner = make_device_runner(model, kv_caches, limits, rows, queue)
-        activations = activation_bytes(runner, largest_step(config, spec, settings.max_model_len), device)
-        if not sizes:
-            return GpuUse(activations)
-        trial = make_graphs(model, kv_caches, rows, CudaRecorder(device), sizes)
-        return GpuUse(
-            activations, graph_bytes(trial.record, sizes, lambda: torch.cuda.mem_get_info(device)[0])
-        )
-
-    size = _size(config, model, spec, free_bytes)
-    kv_caches = _allocate(spec, size, settings)
-    graphs = None
-    if sizes:
-        graphs = make_graphs(
-            model, kv_caches, rows, CudaRecorder(device), sizes, lazily=config.lazy_graph_capture
-        )
-        graphs.record_all()
-    return size, make_device_runner(model, kv_caches, limits, rows, queue, graphs)
 
 
 def _size(
@@ -106,7 +118,3 @@ def _size(
         size.max_model_len,
     )
     return size
-
-
-def _allocate(spec: KVCacheSpec, size: KVCacheSize, settings: ExecutionSettings) -> tuple[KVCache, ...]:
-    return allocate_kv_caches(spec, size.num_blocks, settings.device)

@@ -1,5 +1,6 @@
 """Traces of torch's profiler, between a start and a stop."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from halimede.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
@@ -41,8 +44,8 @@ class StepProfiler:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a step may be in flight
         recorder.stop()
-        path = (
-            folder / f"halimede-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns()}.json.gz"
-        )
+        moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() // 1000 % 1_000_000:06}"
+        path = folder / f"halimede-{moment}-{os.getpid()}.json.gz"
         recorder.export_chrome_trace(str(path))
+        logger.info("profile written to %s", path)
         return str(path)

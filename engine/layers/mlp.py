@@ -1,14 +1,10 @@
 """The feed-forward part of a layer."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
 from halimede.engine.layers.linear import Linear, MergedLinear
-from halimede.kernels.ops import TORCH, Ops
-
-Activation = Literal["silu", "gelu_tanh"]
+from halimede.kernels.ops import TORCH, Gate, Ops
 
 
 def is_for_gated_matmul(weight: torch.Tensor) -> bool:
@@ -20,7 +16,7 @@ class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), gate and up as one matrix product."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, *, bias: bool, activation: Activation = "silu"
+        self, hidden_size: int, intermediate_size: int, *, bias: bool, activation: Gate = "silu"
     ) -> None:
         super().__init__()
         self._name = activation

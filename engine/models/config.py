@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from halimede.engine.layers.mlp import Activation
 from halimede.engine.layers.rope_config import RopeConfig
 from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.registry import SUPPORTED_ARCHITECTURES, model_class
 from halimede.engine.models.rope_fields import read_rope
 from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
+from halimede.kernels.ops import Gate
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+_ACTIVATIONS: Mapping[str, Gate] = MappingProxyType(
     {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 )
 
@@ -65,7 +65,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    hidden_act: Activation
+    hidden_act: Gate
     rope: RopeConfig
     local_rope: RopeConfig | None
     max_position_embeddings: int
@@ -158,7 +158,7 @@ def _refuse_quantization(fields: ConfigFields) -> None:
             )
 
 
-def _read_activation(fields: ConfigFields, name: str | None) -> Activation:
+def _read_activation(fields: ConfigFields, name: str | None) -> Gate:
     name = name or fields.text("hidden_act", "silu")
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(

@@ -6,7 +6,6 @@ sampler to the rows without it. On a CPU the kernels are interpreted.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt

@@ -4,8 +4,8 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -40,59 +40,72 @@ def available_memory(meminfo: Path = _MEMINFO) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@dataclass(frozen=True, slots=True)
-class GpuUse:
-    """What a GPU's memory is needed for besides weights and KV cache, in bytes.
+class GpuMemory(Protocol):
+    """What is to be known of a GPU's memory."""
 
-    activations: of the largest step, beyond what stays allocated. graphs: of all of them.
-    """
+    def info(self) -> tuple[int, int]:
+        """Bytes that are free, those included that this process holds and does not use, and all there are."""
+        ...
 
-    activations: int
-    graphs: int = 0
+    def peak(self, run: Callable[[], object]) -> int:
+        """Bytes that a call allocates beyond those there were, at its most."""
+        ...
 
 
-def gpu_kv_bytes(config: EngineConfig, use: GpuUse, device: torch.device) -> int:
-    """gpu_memory_utilization of the GPU, less what is in use and what is yet to come.
+class CudaMemory:
+    """Of a CUDA or ROCm device, other processes included."""
 
-    What is in use includes other processes.
-    """
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    rest = int(config.gpu_memory_utilization * total) - (total - free) - use.activations - use.graphs
-    available = max(rest, 0)
-    sizes = (total, total - free, use.activations, use.graphs, available)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def info(self) -> tuple[int, int]:
+        """See GpuMemory.info."""
+        gc.collect()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """See GpuMemory.peak."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        run()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+
+def gpu_kv_bytes(config: EngineConfig, memory: GpuMemory, *, activations: int, graphs: int) -> int:
+    """gpu_memory_utilization of the GPU, less what is in use (workspaces too) and what is yet to come."""
+    free, total = memory.info()
+    rest = int(config.gpu_memory_utilization * total) - (total - free) - activations - graphs
+    sizes = (total, total - free, activations, graphs, max(rest, 0))
     logger.info(
         "GPU memory: %.2f GiB, %.2f in use, %.2f for activations, %.2f for graphs, %.2f for the KV cache",
         *(size / _GIB for size in sizes),
     )
-    return available
+    return max(rest, 0)
 
 
-def activation_bytes(runner: ModelRunner, step: SchedulerOutput, device: torch.device) -> int:
-    """Bytes that a GPU's runner allocates for a step and gives back. It is run twice: what the first one
-    allocates to stay, such as workspaces, is no part of it."""
+def activation_bytes(runner: ModelRunner, step: SchedulerOutput, memory: GpuMemory) -> int:
+    """Bytes that a runner allocates for a step and gives back. It is run twice: what the first run allocates
+    to stay, such as workspaces, is no part of it."""
     runner.execute(step)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    runner.execute(step)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return memory.peak(lambda: runner.execute(step))
 
 
-def graph_bytes(record: Callable[[int], bool], sizes: Sequence[int], free_bytes: Callable[[], int]) -> int:
+def graph_bytes(record: Callable[[int], bool], sizes: Sequence[int], memory: GpuMemory) -> int:
     """Bytes that graphs of these sizes will take, from what the two largest do.
 
-    record: records a size, and whether that succeeded. The largest one's memory is used by the others too,
+    record: records a size, and says whether that succeeded. The largest one's memory serves the others too,
     which therefore take what the second one does.
     """
     taken: list[int] = []
     for size in sorted(sizes, reverse=True)[:2]:
-        before = free_bytes()
+        before, _ = memory.info()
         if not record(size):
             break
-        taken.append(max(0, before - free_bytes()))
+        taken.append(max(0, before - memory.info()[0]))
     return sum(taken[:1]) + sum(taken[1:]) * (len(sizes) - 1)
 
 

@@ -27,7 +27,7 @@ from halimede.scheduler.sampling_params import SamplingParams
 from halimede.scheduler.scheduler import Scheduler
 
 CPU = torch.device("cpu")
-NUM_PLANS = 120
+NUM_PLANS = 60
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_random_plans_give_what_the_synchronous_loop_gives(model: CausalLM) -> N
             reasons.add(result.reason)
         late += executor.lateness
         deep = max(deep, queue.longest)
-    assert late > 20
+    assert late > 10
     assert deep > 2
     assert reasons == {"stop", "length", "abort"}
 
@@ -241,8 +241,8 @@ def plan_for_triton(seed: int) -> Plan:
     """With blocks as large as kernels take them, few of them, and few tokens: they are interpreted."""
     plan = Plan.make(seed)
     requests = [
-        (turn, replace(request, sampling_params=request.sampling_params.replace(max_tokens=4)))
-        for turn, request in plan.requests[:4]
+        (turn, replace(request, sampling_params=request.sampling_params.replace(max_tokens=3)))
+        for turn, request in plan.requests[:3]
     ]
     return Plan(replace(plan.config, block_size=16, num_blocks=6), tuple(requests), plan.aborts)
 
@@ -251,7 +251,7 @@ def plan_for_triton(seed: int) -> Plan:
 def test_graphs_give_what_steps_without_them_give(
     model: CausalLM, triton_model: CausalLM, seed: int, lazily: bool
 ) -> None:
-    """Padding, lengths read on the device, and what a graph must not have kept of the step it was made from."""
+    """Padding, lengths read on the device, and nothing kept of the step that a graph was made from."""
     plan = plan_for_triton(seed)
     expected, _ = live(plan, make_runner(model, plan.config, HostQueue()), depth=1)
     recorder = Recording()
