@@ -158,7 +158,7 @@ def gpu_modules(bench_modules: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gpu_modules")
 def test_the_gpu_checks_run_without_a_gpu(tmp_path: Path) -> None:
     """Every stage on tiny shapes, kernels interpreted: that they work, not what they find."""
-    from stage import REHEARSAL
+    from rehearsal import REHEARSAL
 
     run = subprocess.run(
         ["bash", "scripts/gpu_check.sh", str(tmp_path), "--cpu-rehearsal"],

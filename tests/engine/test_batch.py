@@ -16,6 +16,7 @@ from halimede.engine.batch.results import ResultsFile
 from halimede.engine.batch.run import Batch, BatchSummary, run_batch
 from halimede.engine.executor.fake import FakeExecutor
 from halimede.errors import BatchError
+from halimede.scheduler.output import SchedulerOutput
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TALK = [{"role": "user", "content": "hi"}]

@@ -19,7 +19,11 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = tmp_path_factory.mktemp("tiny")
     path = write_tiny_checkpoint(folder / "model")
     with LLM(
-        str(path), profile=folder / "traces", skip_tokenizer_init=True, device="cpu", num_gpu_blocks_override=8
+        str(path),
+        profile=folder / "traces",
+        skip_tokenizer_init=True,
+        device="cpu",
+        num_gpu_blocks_override=8,
     ) as llm:
         yield llm
 
