@@ -61,6 +61,6 @@ def _new_prompt_logprobs(
 ) -> tuple[TokenLogprobs, ...]:
     """The row's prompt logprobs, without those already reported before a preemption."""
     entries = result.prompt_logprobs.get(row.seq_id, ())
-    fresh = entries[max(0, sequence.num_prompt_logprobs - row.num_computed_tokens) :]
+    fresh = entries[max(0, sequence.num_prompt_logprobs - (row.num_computed_tokens or 0)) :]
     sequence.num_prompt_logprobs += len(fresh)
     return fresh

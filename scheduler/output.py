@@ -23,9 +23,10 @@ class NewSequence:
 class ScheduledSequence(NamedTuple):
     """One sequence's share of a step (a named tuple: a step makes one per sequence, and it must be cheap).
 
-    num_tokens: how many of its tokens to run, from position num_computed_tokens on. Which ones they are the
-        runner knows: those of `new`, and after them those that it sampled itself, perhaps in a step that is
-        still running.
+    num_tokens: how many of its tokens to run. Which ones they are the runner knows: those of `new`, and after
+        them those that it sampled itself, perhaps in a step that is still running.
+    num_computed_tokens: the position of the first of them; None for a row that goes on where it was with the
+        one token that it sampled last, and is therefore the same at every step.
     new_block_ids: blocks to append to the sequence's block table (all of them if `new` is given).
     needs_sample: the last token to run is the last known one, so its logits give the next token.
     new: given the first time the runner sees the sequence, and again after each preemption.
@@ -33,7 +34,7 @@ class ScheduledSequence(NamedTuple):
 
     seq_id: int
     num_tokens: int
-    num_computed_tokens: int
+    num_computed_tokens: int | None
     new_block_ids: tuple[int, ...]
     needs_sample: bool
     new: NewSequence | None = None

@@ -199,6 +199,7 @@ class Scheduler:
                 token_ids.append(new[0])
                 if sequence.num_computed_tokens >= sequence.register_at:
                     self._blocks.register_full_blocks(sequence)
+                    sequence.settle(decoding=True)
                 fields = (sequence.request_id, new, (), (), sequence.num_cached_tokens, None, None, None)
                 updates.append(_make(SequenceUpdate, fields))
             elif row.needs_sample or not plain:
@@ -211,6 +212,7 @@ class Scheduler:
                     self._remove(sequence, keep_cached=update.error is None)
                 else:
                     self._blocks.register_full_blocks(sequence)
+                    sequence.settle(decoding=False)  # more than one token may have come
         if self._in_flight:  # what has just become known was computed, if at all, by the last of them
             newest = next(reversed(self._in_flight.values()))
             newest += self._blocks.take_registrations()
@@ -253,25 +255,28 @@ class Scheduler:
         Stops before a sequence whose rank is greater than `limit`. One whose last token a step in flight
         samples has no share.
         """
-        running, scheduled, blocks = self._running, plan.scheduled, self._blocks
+        running, scheduled = self._running, plan.scheduled
         stop = None if limit == inf else bisect_right(running, limit, index, key=_by_rank)
-        for sequence in islice(running, index, stop):  # a preemption may shorten the list meanwhile
-            if not plan.budget:
-                break
-            start = sequence.num_computed_tokens
-            num_known = len(sequence.token_ids) + sequence.num_pending_tokens
-            # The usual row, one token for which there is room, pays for nothing else, as in update().
-            if num_known == start + 1 <= sequence.capacity and num_known < sequence.max_num_tokens:
-                sequence.num_computed_tokens = num_known
+        while True:
+            first, most = index, index + plan.budget
+            for sequence in islice(running, index, most if stop is None else min(stop, most)):
+                # The usual row, one token for which there is room, pays for nothing else, as in update().
+                end = sequence.num_computed_tokens + 1
+                if end > sequence.plain_until:
+                    break
+                sequence.num_computed_tokens = end
                 sequence.num_pending_tokens += 1
-                if num_known >= sequence.register_at:
-                    blocks.register_full_blocks(sequence)
-                scheduled.append(_make(ScheduledSequence, (sequence.seq_id, 1, start, (), True, None)))
-                plan.budget -= 1
-            elif num_known < sequence.max_num_tokens and not self._schedule_chunk(plan, sequence):
-                break
+                scheduled.append(sequence.plain_row)
+                index += 1
+            plan.budget -= index - first
+            # A preemption may have shortened the list.
+            if not plan.budget or index >= len(running) or index == stop:
+                return index
+            sequence = running[index]
+            num_known = len(sequence.token_ids) + sequence.num_pending_tokens
+            if num_known < sequence.max_num_tokens and not self._schedule_chunk(plan, sequence):
+                return index
             index += 1
-        return index
 
     def _schedule_chunk(self, plan: _Plan, sequence: Sequence) -> bool:
         """Give a running sequence its share of the step; False when it had to make way for others."""
@@ -287,8 +292,8 @@ class Scheduler:
                 new_block_ids = self._blocks.grow(sequence, end)
         sequence.num_computed_tokens = end
         sequence.num_pending_tokens += end == num_known
-        if end >= sequence.register_at:
-            self._blocks.register_full_blocks(sequence)
+        self._blocks.register_full_blocks(sequence)
+        sequence.settle(decoding=end == num_known)
         row = (sequence.seq_id, end - start, start, new_block_ids, end == num_known, None)
         plan.scheduled.append(_make(ScheduledSequence, row))
         plan.budget -= end - start
@@ -343,6 +348,7 @@ class Scheduler:
         end = min(len(known), start + plan.budget)
         sequence.num_computed_tokens = end
         self._blocks.register_full_blocks(sequence)
+        sequence.settle(decoding=end == len(known))
         new = NewSequence(sequence.request, known, sequence.num_prompt_tokens)
         block_ids = tuple(sequence.block_table)
         needs_sample = end == len(known)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence as Tokens
 
-from halimede.scheduler.output import FinishReason
+from halimede.scheduler.output import FinishReason, ScheduledSequence
 from halimede.scheduler.prefix_cache import Parent
 from halimede.scheduler.request import Request
 
@@ -29,6 +29,8 @@ class Sequence:
     blocks_wanted: free blocks that the last attempt to start it asked for in vain; retry_step: step from
         which its prefix is looked up again even if they are not free (more of it may be cached by then).
     max_num_tokens: length of prompt and completion together that ends it.
+    plain_row: its share of a step that runs its last token and changes nothing else, as it does while it has
+        no more than plain_until computed tokens.
     """
 
     __slots__ = (
@@ -46,6 +48,8 @@ class Sequence:
         "num_registered_blocks",
         "num_shared_blocks",
         "parent",
+        "plain_row",
+        "plain_until",
         "rank",
         "register_at",
         "request",
@@ -75,6 +79,7 @@ class Sequence:
         self.max_num_tokens = max_model_len
         if max_tokens is not None:
             self.max_num_tokens = min(max_model_len, self.num_prompt_tokens + max_tokens)
+        self.plain_row = ScheduledSequence(seq_id, 1, None, (), True)
         self.forget_blocks()
 
     def forget_blocks(self) -> None:
@@ -86,8 +91,14 @@ class Sequence:
         self.num_registered_blocks = 0
         self.num_shared_blocks = 0
         self.register_at = NEVER
+        self.plain_until = 0
         self.blocks_wanted = 0
         self.retry_step = 0
+
+    def settle(self, *, decoding: bool) -> None:
+        """Work out plain_until. decoding: all tokens, known and pending, but the last one are computed."""
+        most = min(self.capacity, self.register_at - 1, self.max_num_tokens - 1)
+        self.plain_until = most if decoding else 0
 
     def append(self, token_ids: Tokens[int]) -> tuple[int, FinishReason | None, int | None]:
         """Append sampled tokens up to the one that ends the sequence.

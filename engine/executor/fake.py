@@ -152,9 +152,10 @@ class FakeExecutor:
         return state
 
     def _write(self, state: "_State", scheduled: ScheduledSequence) -> None:
-        start, end = scheduled.num_computed_tokens, scheduled.num_computed_tokens + scheduled.num_tokens
+        start = state.num_computed_tokens
+        end = start + scheduled.num_tokens
         assert start < end <= len(state.token_ids), f"tokens {start}..{end} of {len(state.token_ids)}"
-        assert start == state.num_computed_tokens or scheduled.new, "tokens are left out or run twice"
+        assert scheduled.num_computed_tokens in (None, start), "tokens are left out or run twice"
         state.num_computed_tokens = end
         assert end <= len(state.block_ids) * self._block_size, "too few blocks for the tokens"
         assert scheduled.needs_sample == (end == len(state.token_ids)), "needs_sample is wrong"
@@ -168,7 +169,7 @@ class FakeExecutor:
 
     def _answer(self, state: "_State", scheduled: ScheduledSequence, result: ModelRunnerOutput) -> None:
         params = state.request.sampling_params
-        first = scheduled.num_computed_tokens + 1
+        first = state.num_computed_tokens - scheduled.num_tokens + 1
         end = min(first + scheduled.num_tokens, state.num_prompt_tokens)
         targets = state.token_ids[first:end]
         if params.prompt_logprobs is not None and targets:
@@ -201,5 +202,5 @@ class _State:
         self.request = scheduled.new.request
         self.token_ids = list(scheduled.new.token_ids)
         self.num_prompt_tokens = scheduled.new.num_prompt_tokens
-        self.num_computed_tokens = scheduled.num_computed_tokens
+        self.num_computed_tokens = scheduled.num_computed_tokens or 0
         self.block_ids: list[int] = []

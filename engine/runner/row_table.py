@@ -171,6 +171,7 @@ class RowTable:
         self._states: list[SequenceState | None] = [None] * max_rows
         self._num_known = np.zeros(max_rows, dtype=np.int32)
         self._num_blocks = np.zeros(max_rows, dtype=np.int32)
+        self._num_computed = np.zeros(max_rows, dtype=np.int32)
         self._last: _Last | None = None
 
     def state(self, seq_id: int) -> SequenceState | None:
@@ -193,18 +194,23 @@ class RowTable:
                 if new is not None
             )
         last, key = self._last, (seq_ids, counts, samples)
+        prompts: tuple[PromptChunk, ...] = ()
         if last is not None and not new_rows and last.plan.layout.repeats and last.key == key:
-            layout, starts = last.plan.layout, last.plan.seq_lens
-            assert starts[0] == begins[0], "a row goes on where it was"
-            prompts: tuple[PromptChunk, ...] = ()
+            layout = last.plan.layout
+            starts = last.plan.seq_lens
         else:
-            starts = np.array(begins, dtype=np.int32)
-            layout = self._lay_out(seq_ids, np.array(counts, dtype=np.int32), starts, samples)
+            slots = np.fromiter(map(self._slots.__getitem__, seq_ids), dtype=np.int32, count=len(seq_ids))
+            starts = self._num_computed[slots]
+            layout = self._lay_out(seq_ids, slots, np.array(counts, dtype=np.int32), starts, samples)
             prompts = tuple(self._prompts(layout, starts))
+        for start, begin in zip(starts[:1].tolist(), begins, strict=False):
+            assert begin is None or begin == start, "a row goes on where it was"
+        seq_lens = starts + layout.query_lens
+        self._num_computed[layout.slots] = seq_lens
         plan = StepPlan(
             layout=layout,
             starts=starts,
-            seq_lens=starts + layout.query_lens,
+            seq_lens=seq_lens,
             new_blocks=tuple(self._add_blocks(layout.slots, blocks)) if any(blocks) else (),
             num_blocks=self._num_blocks[layout.slots],
             prompts=prompts,
@@ -214,9 +220,13 @@ class RowTable:
         return plan
 
     def _lay_out(
-        self, seq_ids: tuple[int, ...], query_lens: _Ints, starts: _Ints, samples: Sequence[bool]
+        self,
+        seq_ids: tuple[int, ...],
+        slots: _Ints,
+        query_lens: _Ints,
+        starts: _Ints,
+        samples: Sequence[bool],
     ) -> StepLayout:
-        slots = np.fromiter(map(self._slots.__getitem__, seq_ids), dtype=np.int32, count=len(seq_ids))
         query_start_loc = np.zeros(len(seq_ids) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=query_start_loc[1:])
         tokens, token_offsets = self._known_tokens(slots, starts, query_lens)
@@ -255,6 +265,7 @@ class RowTable:
         state = SequenceState(seq_id, new, vocab_size=self._vocab_size)
         self._slots[seq_id], self._states[slot] = slot, state
         self._num_known[slot], self._num_blocks[slot] = len(state.tokens), 0
+        self._num_computed[slot] = start
         parameters = _parameters(state, self._vocab_size)
         self.columns.fill(slot, parameters, _features(state, parameters, self._vocab_size))
         return NewRow(slot, start, parameters)

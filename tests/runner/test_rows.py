@@ -61,7 +61,8 @@ class Life:
         new = new_sequence(SamplingParams(temperature=0), prompt=tuple(known.tokens))
         self.count += 1
         self.known[self.count] = known
-        return self.run(self.count, known)._replace(new=new)
+        start = known.computed
+        return self.run(self.count, known)._replace(new=new, num_computed_tokens=start)
 
     def run(self, seq_id: int, known: Known) -> ScheduledSequence:
         rng, start = self.rng, known.computed
@@ -74,7 +75,9 @@ class Life:
             rng.sample(range(1, 500), min(missing, -(-MAX_LEN // self.block_size) - len(known.blocks)))
         )
         known.blocks += blocks
-        return ScheduledSequence(seq_id, count, start, blocks, known.computed == len(known.tokens))
+        sampled = known.computed == len(known.tokens)
+        plain = sampled and count == 1 and not blocks
+        return ScheduledSequence(seq_id, count, None if plain else start, blocks, sampled)
 
 
 def naive(life: Life, output: SchedulerOutput, block_size: int) -> dict[str, list[int]]:
@@ -82,7 +85,7 @@ def naive(life: Life, output: SchedulerOutput, block_size: int) -> dict[str, lis
     locs = [0]
     for row in output.scheduled:
         known = life.known[row.seq_id]
-        for position in range(row.num_computed_tokens, row.num_computed_tokens + row.num_tokens):
+        for position in range(known.computed - row.num_tokens, known.computed):
             found["input_ids"].append(known.tokens[position])
             found["positions"].append(position)
             block = known.blocks[position // block_size]

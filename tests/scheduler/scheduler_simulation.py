@@ -210,10 +210,26 @@ class Simulation:
                 assert self.expected[seq_id].key > worst, f"sequence {seq_id} was not the victim"
         self.forgotten_twice.clear()
 
+    def _start(self, scheduled: ScheduledSequence) -> int:
+        """Where a row begins; one that does not say goes on where it was."""
+        if scheduled.num_computed_tokens is not None:
+            return scheduled.num_computed_tokens
+        assert (scheduled.num_tokens, scheduled.new_block_ids, scheduled.new) == (1, (), None)
+        assert scheduled.needs_sample
+        return self.rows[scheduled.seq_id].num_computed
+
+    def _start(self, scheduled: ScheduledSequence) -> int:
+        """Where a row begins; one that does not say goes on where it was."""
+        if scheduled.num_computed_tokens is not None:
+            return scheduled.num_computed_tokens
+        assert (scheduled.num_tokens, scheduled.new_block_ids, scheduled.new) == (1, (), None)
+        assert scheduled.needs_sample
+        return self.rows[scheduled.seq_id].num_computed
+
     def _take_in(self, scheduled: ScheduledSequence) -> None:
         """The runner's side: rows start with `new` and go on where they were."""
         expected, size = self.expected[scheduled.seq_id], self.config.block_size
-        start = scheduled.num_computed_tokens
+        start = self._start(scheduled)
         end = start + scheduled.num_tokens
         if scheduled.new is not None:
             assert scheduled.seq_id not in self.rows
@@ -244,7 +260,8 @@ class Simulation:
             row = self.rows[scheduled.seq_id]
             if expected is None:  # aborted since; others may share what it writes all the same
                 expected = self.aborted[scheduled.seq_id]
-            start, end = scheduled.num_computed_tokens, row.num_computed
+            end = row.num_computed
+            start = end - scheduled.num_tokens
             for slot, prefix in zip(row.slots[start:end], expected.prefixes[start:end], strict=True):
                 kv[slot] = prefix
             reads.append((scheduled.seq_id, row.slots[:end], expected.prefixes[:end]))
@@ -298,7 +315,7 @@ class Simulation:
         """The step breaks half-way: what it was to write is garbage."""
         for scheduled in output.scheduled:
             row = self.rows[scheduled.seq_id]
-            for slot in row.slots[scheduled.num_computed_tokens : row.num_computed]:
+            for slot in row.slots[row.num_computed - scheduled.num_tokens : row.num_computed]:
                 self.kv[slot] = -1
         alive = [row.seq_id for row in output.scheduled if row.seq_id in self.expected]
         wanted = [self._end(seq_id, "error", error="broken") for seq_id in alive]

@@ -85,6 +85,10 @@ class TestBatching:
         driver.update(41)
         driver.schedule()
         assert driver.output.scheduled == ((seq_id, 1, 8, (3,), True, None),)
+        for token in (42, 43):
+            driver.update(token)
+            driver.schedule()
+            assert driver.output.scheduled == ((seq_id, 1, None, (), True, None),)
 
     def test_long_prompts_run_in_chunks_beside_decodes(self) -> None:
         driver = Driver(max_num_batched_tokens=10)

@@ -96,9 +96,9 @@ def test_prompt_logprobs_come_once_though_the_prompt_is_computed_twice() -> None
         driver.schedule()
         entries = {}
         for row in driver.output.scheduled:
-            start, end = row.num_computed_tokens, row.num_computed_tokens + row.num_tokens
-            if row.seq_id == seq_id and start < 10:
-                entries[seq_id] = logprobs(*range(start + 1, min(end, 10) + 1))
+            start = row.num_computed_tokens
+            if row.seq_id == seq_id and start is not None and start < 10:
+                entries[seq_id] = logprobs(*range(start + 1, min(start + row.num_tokens, 10) + 1))
                 starts.append(start)
         for update in driver.update(prompt_logprobs=entries):
             seen += [entry.token_ids[0] for entry in update.prompt_logprobs]
