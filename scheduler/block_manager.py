@@ -13,9 +13,9 @@ Hit = tuple[int, CachedPrefix]
 class BlockManager:
     """Owns the blocks. Tables only grow until they are freed whole.
 
-    A full block is registered in the prefix cache once the step that fills it is scheduled and its tokens are
-    known: every layer writes all keys and values of a step before it reads any, so a sequence of the same
-    step may read it.
+    A full block of a prompt is registered in the prefix cache when the step that fills it is scheduled: every
+    layer writes all keys and values of a step before it reads any, so a sequence of the same step may read
+    it. One with sampled tokens is registered when its last token is known and a step that runs it scheduled.
 
     Who may write to a block, and when it is given back: see Scheduler.
     """

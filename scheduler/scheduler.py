@@ -182,41 +182,49 @@ class Scheduler:
         sampled, sequences = result.sampled_token_ids, self._sequences
         plain = not (result.errors or result.logprobs or result.prompt_logprobs)
         for row in output.scheduled:
-            seq_id = row.seq_id
+            seq_id = row[0]
             sequence = sequences.get(seq_id)
             if sequence is None:
                 continue  # ended while the step ran
-            new = sampled.get(seq_id, ())
-            token_ids = sequence.token_ids
-            sequence.num_pending_tokens -= row.needs_sample
+            new = sampled.get(seq_id)
             # The usual row, one token that ends nothing, pays for nothing else: this loop is the host's time.
-            if (
-                plain
-                and len(new) == 1
-                and new[0] not in sequence.stop_token_ids
-                and len(token_ids) + 1 < sequence.max_num_tokens
-            ):
-                token_ids.append(new[0])
-                if sequence.num_computed_tokens >= sequence.register_at:
-                    self._blocks.register_full_blocks(sequence)
-                    sequence.settle(decoding=True)
-                fields = (sequence.request_id, new, (), (), sequence.num_cached_tokens, None, None, None)
-                updates.append(_make(SequenceUpdate, fields))
-            elif row.needs_sample or not plain:
-                update = take_in(sequence, row, result)
-                if update is None:
+            if plain and new is not None and len(new) == 1:
+                token, known = new[0], sequence.token_ids
+                if token not in sequence.stop_token_ids and len(known) < sequence.last_length:
+                    known.append(token)
+                    sequence.num_pending_tokens -= 1
+                    if sequence.num_computed_tokens >= sequence.register_at:
+                        self._blocks.register_full_blocks(sequence)
+                    fields = (sequence.request_id, new, (), (), sequence.num_cached_tokens, None, None, None)
+                    updates.append(_make(SequenceUpdate, fields))
                     continue
-                updates.append(update)
-                if update.finish_reason is not None:
-                    # What a failed one computed may be as broken as its logits.
-                    self._remove(sequence, keep_cached=update.error is None)
-                else:
-                    self._blocks.register_full_blocks(sequence)
-                    sequence.settle(decoding=False)  # more than one token may have come
+            if row.needs_sample or not plain:
+                self._take_in(sequence, row, result, updates)
+        registrations = self._blocks.take_registrations()
         if self._in_flight:  # what has just become known was computed, if at all, by the last of them
             newest = next(reversed(self._in_flight.values()))
-            newest += self._blocks.take_registrations()
+            newest += registrations
         return updates
+
+    def _take_in(
+        self,
+        sequence: Sequence,
+        row: ScheduledSequence,
+        result: ModelRunnerOutput,
+        updates: list[SequenceUpdate],
+    ) -> None:
+        """Give a sequence what its row of a step produced, and add the update, if it is one."""
+        sequence.num_pending_tokens -= row.needs_sample
+        update = take_in(sequence, row, result)
+        if update is None:
+            return
+        updates.append(update)
+        if update.error is None:
+            self._blocks.register_full_blocks(sequence)
+        sequence.settle(decoding=False)  # more than one token may have come
+        if update.finish_reason is not None:
+            # What a failed one computed may be as broken as its logits.
+            self._remove(sequence, keep_cached=update.error is None)
 
     def fail_step(self, output: SchedulerOutput, reason: str) -> list[SequenceUpdate]:
         """End every request of a step that could not be run; the others go on.

@@ -28,7 +28,7 @@ class Sequence:
         of computed tokens that fills the next one.
     blocks_wanted: free blocks that the last attempt to start it asked for in vain; retry_step: step from
         which its prefix is looked up again even if they are not free (more of it may be cached by then).
-    max_num_tokens: length of prompt and completion together that ends it.
+    max_num_tokens: length of prompt and completion together that ends it; last_length: one token less.
     plain_row: its share of a step that runs its last token and changes nothing else, as it does while it has
         no more than plain_until computed tokens.
     """
@@ -39,6 +39,7 @@ class Sequence:
         "capacity",
         "is_running",
         "key",
+        "last_length",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -79,6 +80,7 @@ class Sequence:
         self.max_num_tokens = max_model_len
         if max_tokens is not None:
             self.max_num_tokens = min(max_model_len, self.num_prompt_tokens + max_tokens)
+        self.last_length = self.max_num_tokens - 1
         self.plain_row = ScheduledSequence(seq_id, 1, None, (), True)
         self.forget_blocks()
 
@@ -97,8 +99,7 @@ class Sequence:
 
     def settle(self, *, decoding: bool) -> None:
         """Work out plain_until. decoding: all tokens, known and pending, but the last one are computed."""
-        most = min(self.capacity, self.register_at - 1, self.max_num_tokens - 1)
-        self.plain_until = most if decoding else 0
+        self.plain_until = min(self.capacity, self.last_length) if decoding else 0
 
     def append(self, token_ids: Tokens[int]) -> tuple[int, FinishReason | None, int | None]:
         """Append sampled tokens up to the one that ends the sequence.

@@ -6,6 +6,7 @@ rows lies in columns by slot, so that a step costs a few gathers, not Python per
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -271,12 +272,11 @@ class RowTable:
         return NewRow(slot, start, parameters)
 
     def _add_blocks(self, slots: _Ints, blocks: Sequence[tuple[int, ...]]) -> Iterator[NewBlocks]:
-        for row, block_ids in enumerate(blocks):
-            if block_ids:
-                slot = int(slots[row])
-                at = int(self._num_blocks[slot])
-                self._num_blocks[slot] = at + len(block_ids)
-                yield NewBlocks(slot, at, block_ids)
+        rows = list(compress(range(len(blocks)), blocks))
+        for slot, row in zip(slots[rows].tolist(), rows, strict=True):
+            at, block_ids = int(self._num_blocks[slot]), blocks[row]
+            self._num_blocks[slot] = at + len(block_ids)
+            yield NewBlocks(slot, at, block_ids)
 
     def _known_tokens(self, slots: _Ints, starts: _Ints, query_lens: _Ints) -> tuple[_Ints, _Ints]:
         """tokens and token_offsets of a StepPlan."""

@@ -5,6 +5,7 @@ S is the number of rows that sample, V the vocabulary size.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,8 @@ class SamplingMetadata:
 def build_sampling_metadata(plan: StepPlan, *, vocab_size: int) -> SamplingMetadata:
     """The SamplingMetadata of a step's rows as their sequences are now, tensors on the CPU."""
     layout = plan.layout
+    if not layout.adjusted and not layout.reporting:
+        return _plain(bool(layout.features & DRAWS), bool(layout.features & FILTERS))
     adjusted = [(row, layout.states[row]) for row in layout.adjusted]
     num_tokens = plan.seq_lens[layout.sampled].tolist() if adjusted else []
     params = [layout.states[row].request.sampling_params for row in layout.reporting]
@@ -105,6 +108,12 @@ def build_sampling_metadata(plan: StepPlan, *, vocab_size: int) -> SamplingMetad
         wanted=layout.reporting,
         num_logprobs=tuple([p.logprobs for p in params if p.logprobs is not None]),
     )
+
+
+@cache
+def _plain(draws: bool, filters: bool) -> SamplingMetadata:
+    """Of rows that ask for nothing else."""
+    return SamplingMetadata(draws, filters, (), None, None, None, (), ())
 
 
 def random_rows(plan: StepPlan, columns: RowColumns, vocab_size: int) -> RandomRows | None:

@@ -81,7 +81,7 @@ class TestBatching:
         assert (row.new_block_ids, row.needs_sample) == ((1, 2), True)
         driver.update(40)
         driver.schedule()
-        assert driver.output.scheduled == ((seq_id, 1, 7, (), True, None),)
+        assert driver.output.scheduled == ((seq_id, 1, None, (), True, None),)
         driver.update(41)
         driver.schedule()
         assert driver.output.scheduled == ((seq_id, 1, 8, (3,), True, None),)
