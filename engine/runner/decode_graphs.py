@@ -5,6 +5,7 @@ stand for nothing. Graphs read lengths and block tables from the device, so one 
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -50,7 +51,8 @@ class CudaRecorder:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Only this thread's calls may not disturb it: an application has threads of its own.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             output = work()
 
         def replay() -> torch.Tensor:
@@ -102,8 +104,11 @@ class DecodeGraphs:
         """
         if self._lazily:
             return
-        for size in reversed(self._sizes):
+        start = time.monotonic()
+        for size in self._sizes[::-1]:
             self.record(size)
+        seconds = time.monotonic() - start
+        logger.info("graphs for steps of %s rows recorded in %.1f s", self.sizes or "no", seconds)
 
     @torch.inference_mode()
     def record(self, size: int) -> bool:
@@ -111,7 +116,9 @@ class DecodeGraphs:
         try:
             self._clear(size)
             self._graphs[size] = self._recorder.record(lambda: self._work(size))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             self._recorder.release()
             self._sizes.remove(size)
             logger.warning(
@@ -146,6 +153,13 @@ class DecodeGraphs:
             self._seen.add(size)
             return False
         return self.record(size)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Or came of that: the end of a recording that broke off raises an error of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:

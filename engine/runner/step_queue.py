@@ -50,7 +50,10 @@ class HostQueue:
 
 
 class CudaQueue:
-    """The current stream of a GPU. Results come back by copies into pinned memory, with an event behind."""
+    """The current stream of a GPU, which need not be the current device.
+
+    Results come back by copies into pinned memory, with an event behind.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -65,7 +68,7 @@ class CudaQueue:
             for tensor in pending.tensors
         ]
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
 
         def wait() -> T:
             event.synchronize()

@@ -65,7 +65,12 @@ def _run_steps(
     spec = KVCacheSpec.from_model(model.config, dtype=settings.kv_cache_dtype, block_size=config.block_size)
     hidden = torch.empty(2, model_config.hidden_size, dtype=settings.activations, device=_META)
     for kv_caches in _caches(spec, target):
-        for step in model_steps(config.max_num_seqs, config.max_num_batched_tokens, tuned_sizes(target)):
+        for step in model_steps(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            settings.max_model_len,
+            tuned_sizes(target),
+        ):
             model(step, kv_caches)
     limits = RowLimits(
         config.max_num_seqs, config.max_num_batched_tokens, settings.max_model_len, config.block_size

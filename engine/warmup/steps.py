@@ -15,24 +15,26 @@ from halimede.scheduler.sampling_params import SamplingParams
 _META = torch.device("meta")
 
 
-def model_steps(max_num_seqs: int, max_num_batched_tokens: int, sizes: Sequence[int]) -> Iterator[ModelInput]:
+def model_steps(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, sizes: Sequence[int]
+) -> Iterator[ModelInput]:
     """The smallest and the largest steps, and those of the `sizes` (numbers of tokens) that there can be:
     rows that decode, prompts, both, each with all hidden states and with those of the outputs only.
     """
     rows = {n for n in (1, max_num_seqs, *sizes) if n <= max_num_seqs}
     for count in sorted(rows):
-        yield _step(tokens=count, rows=count, decoding=count)
+        yield _step(tokens=count, rows=count, decoding=count, max_model_len=max_model_len)
     for tokens in sorted(
         {n for n in (2, max_num_batched_tokens, *sizes) if 2 <= n <= max_num_batched_tokens}
     ):
         for decoding in (0, 1):
-            step = _step(tokens=tokens, rows=1 + decoding, decoding=decoding)
+            step = _step(tokens=tokens, rows=1 + decoding, decoding=decoding, max_model_len=max_model_len)
             yield step
             yield replace(step, outputs=_outputs(1 + decoding))
 
 
-def _step(*, tokens: int, rows: int, decoding: int) -> ModelInput:
-    longest = 1 if decoding == rows else max(2, tokens - decoding)
+def _step(*, tokens: int, rows: int, decoding: int, max_model_len: int) -> ModelInput:
+    longest = 1 if decoding == rows else max(2, min(max_model_len, tokens - decoding))
     return ModelInput(
         input_ids=_integers(tokens, dtype=torch.int64),
         positions=_integers(tokens, dtype=torch.int64),

@@ -16,7 +16,7 @@ from halimede.engine.executor.fit import Gpu, make_triton_runner
 from halimede.engine.executor.settings import resolve_settings
 from halimede.engine.layers.attention_gpu import GpuBackend, TritonAttention
 from halimede.engine.models.base import CausalLM
-from halimede.engine.runner.decode_graphs import capture_sizes
+from halimede.engine.runner.decode_graphs import DecodeGraphs, capture_sizes
 from halimede.engine.runner.kv_cache import KVCacheSpec
 from halimede.engine.runner.memory import graph_bytes
 from halimede.errors import ConfigError
@@ -134,6 +134,36 @@ def test_sizes_of_graphs(most: int) -> None:
     for rows in range(9, most + 1):
         padded = next(size for size in sizes if size >= rows)
         assert padded < 1.8 * rows
+
+
+class Broken:
+    """A recorder whose recordings break off, and whose way to end them then raises an error of its own."""
+
+    def __init__(self, cause: type[Exception]) -> None:
+        self.cause = cause
+        self.released = 0
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        try:
+            raise self.cause("the cause")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def test_only_a_lack_of_memory_is_put_up_with(caplog: pytest.LogCaptureFixture) -> None:
+    def graphs_of(recorder: Broken) -> DecodeGraphs:
+        return DecodeGraphs(recorder, lambda size: None, lambda size: torch.zeros(size, 1), [1, 2])
+
+    short, wrong = Broken(torch.OutOfMemoryError), Broken(ValueError)
+    graphs = graphs_of(short)
+    graphs.record_all()
+    assert (graphs.sizes, short.released) == ([], 2)
+    assert "a previous error during capture" in caplog.text
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs_of(wrong).record_all()
 
 
 def test_lazy_capture_records_nothing_at_the_start(model: CausalLM, checkpoint: Path) -> None:
