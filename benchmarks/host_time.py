@@ -122,7 +122,7 @@ def no_kernel(launch: Launch) -> None:
                 arg.zero_()
 
 
-def make_core(kind: str, rows: int, watch: Stopwatch) -> tuple[EngineCore, Scheduler]:
+def make_core(kind: str, rows: int, watch: Stopwatch) -> EngineCore:
     """kind: "gpu" or "cpu"."""
     max_len = PROMPT + 600
     config = SchedulerConfig(
@@ -143,8 +143,16 @@ def make_core(kind: str, rows: int, watch: Stopwatch) -> tuple[EngineCore, Sched
         graphs = cast("DecodeGraphs", NoGraphs(rows))
         device_rows = DeviceRows(limits, torch.device("cpu"))
         runner = make_device_runner(model, [], limits, device_rows, HostQueue(), graphs)
-    scheduler = Scheduler(config)
-    return EngineCore(scheduler, Executor(runner, config)), scheduler
+    return EngineCore(Scheduler(config), Executor(runner, config))
+
+
+def make_decoding(kind: str, params: SamplingParams, rows: int, watch: Stopwatch) -> EngineCore:
+    """A core whose first step starts so many sequences."""
+    core = make_core(kind, rows, watch)
+    for row in range(rows):
+        prompt = tuple((row * 7 + i) % VOCAB for i in range(PROMPT + row % BLOCK_SIZE))
+        core.add(Request(str(row), prompt, params, seed=row, arrival_time=0.0))
+    return core
 
 
 def step_times(kind: str, params: SamplingParams, rows: int, steps: int) -> list[float]:
@@ -154,13 +162,9 @@ def step_times(kind: str, params: SamplingParams, rows: int, steps: int) -> list
     """
     watch = Stopwatch()
     with intercepting(TARGETS["sm_90"], watch.off(no_kernel)) if kind == "gpu" else nullcontext():
-        core, scheduler = make_core(kind, rows, watch)
-        for row in range(rows):
-            prompt = tuple((row * 7 + i) % VOCAB for i in range(PROMPT + row % BLOCK_SIZE))
-            core.add(Request(str(row), prompt, params, seed=row, arrival_time=0.0))
+        core = make_decoding(kind, params, rows, watch)
         for _ in range(2 * BLOCK_SIZE):
             core.step()
-        assert scheduler.num_running == rows
         found = []
         for _ in range(steps):
             watch.seconds, start = 0.0, time.perf_counter()
