@@ -31,6 +31,21 @@ def bench_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+@pytest.fixture
+def small_calibration(bench_modules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured with small matrices: a CPU may take 5 s for one product in bfloat16."""
+    import machine
+
+    script = tmp_path / "calibrate_small.py"
+    script.write_text(
+        "import runpy, torch\n"
+        "randn = torch.randn\n"
+        "torch.randn = lambda *shape: randn(*(size // 16 for size in shape))\n"
+        f"runpy.run_path({str(BENCHMARKS / 'machine.py')!r}, run_name='__main__')\n"
+    )
+    monkeypatch.setattr(machine, "__file__", str(script))
+
+
 def run(script: str, out: Path, *arguments: object) -> dict[str, Any]:
     """The JSON that the script writes."""
     importlib.import_module(script).main(list(map(str, ["--quick", "--out", out, *arguments])))
@@ -40,7 +55,7 @@ def run(script: str, out: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.usefixtures("bench_modules")
+@pytest.mark.usefixtures("small_calibration")
 def test_offline_measures_every_cell_of_every_engine(tmp_path: Path, checkpoint: Path) -> None:
     options = ("--model", checkpoint, "--repeats", 2, "--load-repeats", 1, "--kv-tokens", 4096)
     written = run("offline", tmp_path, *options, "--dtype", "float32")
@@ -62,7 +77,7 @@ def test_offline_measures_every_cell_of_every_engine(tmp_path: Path, checkpoint:
     assert str(checkpoint) not in (tmp_path / "offline.md").read_text(), "paths of this machine"
 
 
-@pytest.mark.usefixtures("bench_modules")
+@pytest.mark.usefixtures("small_calibration")
 def test_prefix_cache_counts_first_and_later_requests(tmp_path: Path, checkpoint: Path) -> None:
     options = ("--model", checkpoint, "--repeats", 1, "--kv-tokens", 4096)
     written = run("prefix_cache", tmp_path, *options)

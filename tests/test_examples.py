@@ -1,5 +1,6 @@
 """The examples and the README's Python, run as they stand."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,8 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import write_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
+# Each block with names of its own, so that none leans on another one's.
+RUN_BLOCKS = "import json, sys\nfor block in json.loads(sys.argv[1]): exec(block, {'__name__': '__main__'})"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stands in where it does not matter what the answers say."""
+    folder = tmp_path_factory.mktemp("examples") / "tiny"
+    return write_tiny_checkpoint(folder, tokenizer=True, max_position_embeddings=1024)
 
 
 def run(arguments: list[str]) -> str:
@@ -26,8 +37,8 @@ def run(arguments: list[str]) -> str:
     return done.stdout
 
 
-def test_offline(smollm2_gguf: Path) -> None:
-    lines = run(["examples/offline.py", str(smollm2_gguf)]).strip().splitlines()
+def test_offline(tiny: Path) -> None:
+    lines = run(["examples/offline.py", str(tiny)]).strip().splitlines()
     assert len(lines) >= 3
     assert lines[0].startswith("'The capital of France is' -> ")
 
@@ -46,15 +57,14 @@ def test_batch(smollm2_gguf: Path) -> None:
     assert last.startswith("3 requests, ")
 
 
-def readme_blocks() -> list[str]:
-    readme = ROOT / "README.md"
-    return re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else []
-
-
-@pytest.mark.parametrize("block", readme_blocks(), ids=lambda block: block.splitlines()[-1][:40])
-def test_readme(block: str, smollm2_gguf: Path) -> None:
-    # The README names models of the hub; here the demo's stands in for them.
-    run(["-c", re.sub(r'LLM\("[^"]+"', f'LLM("{smollm2_gguf}"', block)])
+def test_readme(tiny: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    # The README names models of the hub.
+    named = [re.sub(r'LLM\("[^"]+"', f'LLM("{tiny}"', block) for block in blocks]
+    printed = run(["-c", RUN_BLOCKS, json.dumps(named)])
+    assert "The capital of France is -> " in printed
+    assert "\nthe prompt has " in printed
 
 
 def test_the_container_recipe_uses_commands_and_options_that_exist() -> None:

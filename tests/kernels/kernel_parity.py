@@ -56,12 +56,13 @@ def _copy_tensor(tensor: torch.Tensor, device: str) -> torch.Tensor:
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    # As torch.use_deterministic_algorithms(True), which imports torch.compile with it: 2 s of a process.
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def notices(spec: KernelSpec, fault: Fault, folder: Path) -> bool:

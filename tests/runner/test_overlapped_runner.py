@@ -266,6 +266,7 @@ def test_what_does_not_fit_runs_without_a_graph(
     model: CausalLM, triton_model: CausalLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = plan_for_triton(4)
+    plan = replace(plan, requests=plan.requests[:2])
     assert plan.config.max_num_seqs > 2
     recorder = Recording(limit=2)
     runner, graphs = make_graph_runner(triton_model, plan.config, HostQueue(), recorder)
