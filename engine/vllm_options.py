@@ -20,7 +20,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
 """Options by the values that ask for what happens anyway."""
 
 _IRRELEVANT = (
-    "async_scheduling",
     "compilation_config",
     "disable_custom_all_reduce",
     "disable_log_stats",

@@ -69,3 +69,8 @@ def test_vllms_options_that_mean_nothing_here(caplog: pytest.LogCaptureFixture) 
     assert "swap_space" in caplog.text
     with pytest.raises(ConfigError, match="pipeline_parallel_size=2"):
         drop_vllm_options({"pipeline_parallel_size": 2})
+
+
+def test_no_option_that_exists_here_is_taken_for_one_that_does_not() -> None:
+    given = {name: object() for name in EngineConfig.__dataclass_fields__}
+    assert drop_vllm_options(given).keys() == given.keys()
