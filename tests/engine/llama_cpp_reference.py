@@ -65,7 +65,10 @@ def _dequantize(tensor: Any) -> np.ndarray:
 
 
 class LlamaCpp:
-    """A model in llama.cpp: float32 weights, keys and values, no flash attention, two threads."""
+    """A model in llama.cpp: float32 weights, keys and values, no flash attention.
+
+    One thread: two are busy while they wait for each other, for minutes where other tests want the cores too.
+    """
 
     def __init__(self, path: Path, context: int = 2048) -> None:
         import xllamacpp
@@ -75,7 +78,7 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel = context, 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.warmup = params.fit_params = False
         params.verbosity = -1
         self._server = xllamacpp.Server(params)
@@ -101,12 +104,12 @@ class LlamaCpp:
         return [entry["id"] for entry in entries], [entry["logprob"] for entry in entries]
 
 
-def make_reference(llama_cpp: LlamaCpp) -> list[dict[str, Any]]:
+def make_reference(llama_cpp: LlamaCpp, new_tokens: int = NEW_TOKENS) -> list[dict[str, Any]]:
     """For each of PROMPTS its token ids, and the tokens and log-probabilities that follow."""
     entries = []
     for prompt in PROMPTS:
         prompt_token_ids = llama_cpp.tokenize(prompt)
-        token_ids, logprobs = llama_cpp.generate(prompt_token_ids, NEW_TOKENS)
+        token_ids, logprobs = llama_cpp.generate(prompt_token_ids, new_tokens)
         entries.append(
             {
                 "prompt": prompt,

@@ -31,6 +31,16 @@ from halimede.kernels.store import KernelStore
 from halimede.kernels.target import TARGETS
 
 CHEAP = ("_rms_norm_kernel", "_embed_kernel", "_bias_kernel")
+SLOW = ("_attention_decode_kernel", "_prefill_kernel", "_threshold_kernel", "_logprobs_kernel")
+# `halimede`, with a warm-up that leaves the kernels out that take a second and more to compile.
+PROGRAM = f"""
+from halimede.engine.cli import warmup
+from halimede.engine.cli.main import main
+if __name__ == "__main__":
+    every = warmup._specialisations
+    warmup._specialisations = lambda *args: [one for one in every(*args) if not one.name.endswith({SLOW})]
+    main()
+"""
 Run = Callable[..., str]
 
 
@@ -319,14 +329,30 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listed.split()]
 
 
-def test_a_run_that_is_killed_goes_on(model: Path, run: Run, tmp_path: Path) -> None:
-    """All of a model's kernels, with two processes."""
+def is_alive(pid: int) -> bool:
+    """Not of those that have ended and that nobody has waited for, which may take a minute."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_a_run_that_is_killed_goes_on(
+    model: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of a model's kernels, with two processes."""
+    every = warmup_module._specialisations
+    monkeypatch.setattr(
+        warmup_module,
+        "_specialisations",
+        lambda *args: [one for one in every(*args) if not one.name.endswith(SLOW)],
+    )
     store = KernelStore(tmp_path / "cache")
     arguments = ("warmup", str(model), "--target", "sm_90", "-o", str(store.folder), "-j", "2")
-    program = "from halimede.engine.cli.main import main\nif __name__ == '__main__': main()"
     (tmp_path / "tmp").mkdir()
     parent = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
+        [sys.executable, "-c", PROGRAM, *arguments],
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         stderr=subprocess.PIPE,
     )
@@ -339,7 +365,7 @@ def test_a_run_that_is_killed_goes_on(model: Path, run: Run, tmp_path: Path) -> 
     assert len(processes) >= 2
     parent.send_signal(signal.SIGKILL)
     parent.communicate(timeout=30)
-    while any(Path(f"/proc/{pid}").exists() for pid in processes) or any((tmp_path / "tmp").iterdir()):
+    while any(map(is_alive, processes)) or any((tmp_path / "tmp").iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not [problem for problem in store.verify() if not problem.leftover]

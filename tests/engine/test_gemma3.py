@@ -10,6 +10,7 @@ from halimede import LLM, ConfigError, SamplingParams
 from halimede.engine.loader.gguf_tokenizer import load_gguf_tokenizer
 
 GEMMA3 = Path(__file__).parents[2] / ".models" / "gemma-3-270m-Q4_K_M.gguf"
+NUM_CHECKED = 8  # of the NEW_TOKENS of each prompt
 TEXTS = (
     "Hello  world, é 🙂\n\n\n雪",
     "  leading and trailing  ",
@@ -46,16 +47,18 @@ def test_greedy_tokens_are_those_of_llama_cpp(gemma3_gguf: Path) -> None:
 
 
 def test_llama_cpp_says_what_the_reference_says(gemma3_gguf: Path, tmp_path: Path) -> None:
-    """Made anew where llama.cpp is installed; and its tokenizer, on texts that are not easy."""
+    """The first tokens of each, made anew where llama.cpp is installed; and its tokenizer, on texts that are
+    not easy."""
     pytest.importorskip("xllamacpp", reason="llama.cpp (the extra [llamacpp]) is not installed")
     llama_cpp = LlamaCpp(write_float32_gguf(gemma3_gguf, tmp_path / "float32.gguf"))
     (tmp_path / "float32.gguf").unlink()  # 1 GB; llama.cpp has it mapped
     tokenizer = load_gguf_tokenizer(gemma3_gguf)
     for text in TEXTS:
         assert tokenizer.encode(text) == llama_cpp.tokenize(text), text
-    for new, old in zip(make_reference(llama_cpp), json.loads(REFERENCE.read_text()), strict=True):
-        assert new.pop("logprobs") == pytest.approx(old.pop("logprobs"), abs=2e-3)
-        assert new == old
+    made = make_reference(llama_cpp, new_tokens=NUM_CHECKED)
+    for new, old in zip(made, json.loads(REFERENCE.read_text()), strict=True):
+        assert new.pop("logprobs") == pytest.approx(old.pop("logprobs")[:NUM_CHECKED], abs=2e-3)
+        assert new == {**old, "token_ids": old["token_ids"][:NUM_CHECKED]}
 
 
 def test_float16_is_refused(gemma3_gguf: Path) -> None:

@@ -113,7 +113,9 @@ class Device(FakeExecutor):
 
 
 def live(plan: Plan, depth: int, seed: int = 0, breaks: dict[str, int] | None = None) -> dict[str, Seen]:
-    """Run a plan to its end."""
+    """Run a plan to its end. With steps in flight the scheduler's books are checked after each turn; those of
+    the synchronous loop are in tests/scheduler.
+    """
     scheduler = Scheduler(plan.config)
     core = EngineCore(scheduler, Device(plan.config, seed, depth, breaks or {}))
     seen: dict[str, Seen] = {}
@@ -125,13 +127,15 @@ def live(plan: Plan, depth: int, seed: int = 0, breaks: dict[str, int] | None = 
             seen[request.request_id] = Seen()
         for update in core.step():
             seen[update.request_id].add(update)
-        scheduler.check_integrity()
+        if depth > 1:
+            scheduler.check_integrity()
         for name, count in plan.aborts.items():
             if name in seen and seen[name].reason is None and len(seen[name].tokens) >= count:
                 update = core.abort(name)
                 assert update is not None
                 seen[name].add(update)
-                scheduler.check_integrity()
+                if depth > 1:
+                    scheduler.check_integrity()
         turn += 1
         assert turn < 2000, "requests that never finish"
     assert scheduler.kv_cache_usage == 0
@@ -286,9 +290,14 @@ def _pending_tokens_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_these_plans_notice(
     sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans = [Plan.make(seed) for seed in range(1500)]
-    expected = [live(plan, depth=1) for plan in plans]
-    sabotage(monkeypatch)
-    with pytest.raises((AssertionError, KeyError, IndexError)):
-        for seed, (plan, wanted) in enumerate(zip(plans, expected, strict=True)):
-            assert told_alike(plan, live(plan, depth=3, seed=seed)) == told_alike(plan, wanted)
+    for seed in range(1500):
+        plan = Plan.make(seed)
+        wanted = live(plan, depth=1)
+        try:
+            with monkeypatch.context() as patch:
+                sabotage(patch)
+                got = live(plan, depth=3, seed=seed)
+            assert told_alike(plan, got) == told_alike(plan, wanted)
+        except (AssertionError, KeyError, IndexError):
+            return
+    pytest.fail("no plan notices")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import greedy_reference, write_tiny_checkpoint
+from tiny_models import greedy_reference, write_variant
 
 from halimede import LLM, SamplingParams
 
-FAMILIES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+FAMILIES = ["llama", "mistral-window", "qwen2", "qwen3"]
 NEW_TOKENS = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 Runner = Callable[..., list[list[int]]]
@@ -27,10 +27,32 @@ def make_prompts() -> list[list[int]]:
 PROMPTS = make_prompts()
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "chunks-of-3": {"max_num_batched_tokens": 3, "max_num_seqs": 3},
+    "chunks-of-17": {"max_num_batched_tokens": 17, "max_num_seqs": 5},
+    "whole-prompts": {"enable_chunked_prefill": False, "max_num_batched_tokens": 128},
+    "blocks-of-32": {"block_size": 32},
+    "blocks-of-64": {"block_size": 64, "num_gpu_blocks_override": 20},
+    "prefix-hits": {"repeats": 2},
+    "no-prefix-cache": {"enable_prefix_caching": False},
+    "preemption": {"num_gpu_blocks_override": 8},
+    "one-at-a-time": {"max_num_seqs": 1},
+    "priority": {"scheduling_policy": "priority", "num_gpu_blocks_override": 9},
+}
+# What a family adds meets chunks, preemption and the prefix cache; the other options are the scheduler's.
+OF_EVERY_FAMILY = ("chunks-of-3", "prefix-hits", "preemption")
+CASES = [
+    pytest.param(family, options, id=f"{family}-{name}")
+    for family in FAMILIES
+    for name, options in OPTIONS.items()
+    if family in ("llama", "mistral-window") or name in OF_EVERY_FAMILY
+]
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
-    architecture = request.param
-    path = write_tiny_checkpoint(tmp_path_factory.mktemp(architecture), architecture, seed=11)
+    path = write_variant(tmp_path_factory.mktemp(request.param), request.param)
     return path, [greedy_reference(path, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
@@ -42,22 +64,7 @@ def run(path: Path, prompts: list[list[int]], repeats: int = 1, **options: Any) 
         return [list(o.outputs[0].token_ids) for o in outputs]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, id="defaults"),
-        pytest.param({"max_num_batched_tokens": 3, "max_num_seqs": 3}, id="chunks-of-3"),
-        pytest.param({"max_num_batched_tokens": 17, "max_num_seqs": 5}, id="chunks-of-17"),
-        pytest.param({"enable_chunked_prefill": False, "max_num_batched_tokens": 128}, id="whole-prompts"),
-        pytest.param({"block_size": 32}, id="blocks-of-32"),
-        pytest.param({"block_size": 64, "num_gpu_blocks_override": 20}, id="blocks-of-64"),
-        pytest.param({"repeats": 2}, id="prefix-hits"),
-        pytest.param({"enable_prefix_caching": False}, id="no-prefix-cache"),
-        pytest.param({"num_gpu_blocks_override": 8}, id="preemption"),
-        pytest.param({"max_num_seqs": 1}, id="one-at-a-time"),
-        pytest.param({"scheduling_policy": "priority", "num_gpu_blocks_override": 9}, id="priority"),
-    ],
-)
+@pytest.mark.parametrize(("family", "options"), CASES, indirect=["family"])
 def test_greedy_tokens_never_change(family: tuple[Path, list], options: dict[str, Any]) -> None:
     path, expected = family
     assert run(path, PROMPTS, **options) == expected
@@ -70,6 +77,7 @@ def test_nor_with_the_order_of_the_batch(family: tuple[Path, list]) -> None:
     assert run(path, [PROMPTS[i] for i in order]) == [expected[i] for i in order]
 
 
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_the_preemption_case_does_preempt(family: tuple[Path, list]) -> None:
     path, _ = family
     options = {"dtype": "float32", "max_model_len": 96, "num_gpu_blocks_override": 8}
@@ -78,6 +86,7 @@ def test_the_preemption_case_does_preempt(family: tuple[Path, list]) -> None:
         assert llm._core._scheduler.num_preemptions > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral-window"], indirect=True)
 def test_seeded_sampling_does_not_change_either(family: tuple[Path, list]) -> None:
     path, _ = family
     params = [

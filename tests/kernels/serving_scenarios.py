@@ -81,9 +81,9 @@ _GREEDY = (
 )
 
 
-def write_model(folder: Path, name: str) -> Path:
+def write_model(folder: Path, name: str, **changes: Any) -> Path:
     """A directory with nothing but the config.json of a tiny model."""
-    (folder / "config.json").write_text(json.dumps(MODELS[name]))
+    (folder / "config.json").write_text(json.dumps({**MODELS[name], **changes}))
     return folder
 
 
