@@ -22,6 +22,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files here first: they have the longest tests, with which one worker would be left at the end."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The real model file that `make model` brings."""
