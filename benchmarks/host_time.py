@@ -86,9 +86,7 @@ class NoGraphs:
         self._logits = torch.zeros(max_rows, VOCAB)
 
     def size_for(self, plan: StepPlan) -> int | None:
-        layout = plan.layout
-        decoding = layout.num_tokens == len(layout.slots) == len(layout.sampled)
-        return len(self._logits) if decoding else None
+        return len(self._logits) if plan.layout.decodes else None
 
     def replay(self, size: int) -> torch.Tensor:
         return self._logits

@@ -28,9 +28,8 @@ class EngineCore:
         self._scheduler = scheduler
         self._executor = executor
         self._in_flight: deque[SchedulerOutput] = deque()
-        self._unreported: list[
-            SequenceUpdate
-        ] = []  # of steps that Ctrl-C ended or that could not be launched
+        # Of steps that Ctrl-C ended or that could not be launched.
+        self._unreported: list[SequenceUpdate] = []
 
     def add(self, request: Request) -> None:
         """Queue a request. RequestError if it can never run; the others are not touched."""
@@ -72,8 +71,7 @@ class EngineCore:
                 with allow_interrupts():
                     self._executor.launch(output)
             except Exception as error:
-                logger.exception("step %d failed with %d tokens", output.step, output.num_tokens)
-                return output, f"{type(error).__name__}: {error}"
+                return output, _log_failure(output, error)
             except BaseException:  # what the step was writing is not to be trusted
                 self._unreported = self._fail((*in_flight, output), "interrupted")
                 raise
@@ -87,8 +85,7 @@ class EngineCore:
             with allow_interrupts():
                 result = self._executor.collect()
         except Exception as error:
-            logger.exception("step %d failed with %d tokens", output.step, output.num_tokens)
-            return self._fail(self._in_flight, f"{type(error).__name__}: {error}")
+            return self._fail(self._in_flight, _log_failure(output, error))
         except BaseException:
             self._unreported = self._fail(self._in_flight, "interrupted")
             raise
@@ -128,3 +125,9 @@ class EngineCore:
         """Free the model and the KV cache; the engine cannot be used again."""
         self._in_flight.clear()
         self._executor.shutdown()
+
+
+def _log_failure(output: SchedulerOutput, error: Exception) -> str:
+    """Of the step, inside of the error's handler; the reason that its requests are given."""
+    logger.exception("step %d failed with %d tokens", output.step, output.num_tokens)
+    return f"{type(error).__name__}: {error}"

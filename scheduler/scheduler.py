@@ -291,6 +291,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         num_known = len(sequence.token_ids) + sequence.num_pending_tokens
         end = min(num_known, start + plan.budget)
+        needs_sample = end == num_known
         new_block_ids: tuple[int, ...] | None = ()
         if end > sequence.capacity:
             new_block_ids = self._blocks.grow(sequence, end)
@@ -299,10 +300,10 @@ class Scheduler:
                     return False
                 new_block_ids = self._blocks.grow(sequence, end)
         sequence.num_computed_tokens = end
-        sequence.num_pending_tokens += end == num_known
+        sequence.num_pending_tokens += needs_sample
         self._blocks.register_full_blocks(sequence)
-        sequence.settle(decoding=end == num_known)
-        row = (sequence.seq_id, end - start, start, new_block_ids, end == num_known, None)
+        sequence.settle(decoding=needs_sample)
+        row = (sequence.seq_id, end - start, start, new_block_ids, needs_sample, None)
         plan.scheduled.append(_make(ScheduledSequence, row))
         plan.budget -= end - start
         return True
@@ -354,16 +355,15 @@ class Scheduler:
                 self.prefix_cache_hits += start
         known = tuple(sequence.token_ids)
         end = min(len(known), start + plan.budget)
-        sequence.num_computed_tokens = end
-        self._blocks.register_full_blocks(sequence)
-        sequence.settle(decoding=end == len(known))
-        new = NewSequence(sequence.request, known, sequence.num_prompt_tokens)
-        block_ids = tuple(sequence.block_table)
         needs_sample = end == len(known)
+        sequence.num_computed_tokens = end
         sequence.num_pending_tokens += needs_sample
-        plan.scheduled.append(
-            ScheduledSequence(sequence.seq_id, end - start, start, block_ids, needs_sample, new)
-        )
+        self._blocks.register_full_blocks(sequence)
+        sequence.settle(decoding=needs_sample)
+        blocks = tuple(sequence.block_table)
+        new = NewSequence(sequence.request, known, sequence.num_prompt_tokens)
+        row = ScheduledSequence(sequence.seq_id, end - start, start, blocks, needs_sample, new)
+        plan.scheduled.append(row)
         plan.budget -= end - start
 
     def _preempt_last(self, plan: _Plan) -> Sequence:

@@ -7,7 +7,7 @@ Dummy weights, random prompts. A step's time is that between the returns of two 
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +51,7 @@ GRAPHS = Plan(
     profiled_steps=6,
     settings={"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 9216},
 )
-EAGER = Plan(
-    contexts=(1024,),
-    batches=(32, 1),
-    profiled=frozenset({(1, 1024), (32, 1024)}),
-    untimed_steps=8,
-    timed_steps=64,
-    profiled_steps=6,
-    settings={"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 9216},
-)
-REHEARSED_EAGER = Plan(
-    contexts=(8,),
-    batches=(1,),
-    profiled=frozenset(),
-    untimed_steps=1,
-    timed_steps=1,
-    profiled_steps=0,
-    settings={
-        "max_num_seqs": 2,
-        "max_model_len": 64,
-        "num_gpu_blocks_override": 8,
-        "attention_backend": "triton",
-    },
-)
+EAGER = replace(GRAPHS, contexts=(1024,), batches=(32, 1), profiled=frozenset({(1, 1024), (32, 1024)}))
 REHEARSED = Plan(
     contexts=(8,),
     batches=(2, 1, 9),  # the last is more than the cache holds
@@ -89,6 +67,7 @@ REHEARSED = Plan(
         "attention_backend": "triton",
     },
 )
+REHEARSED_EAGER = replace(REHEARSED, batches=(1,), profiled=frozenset(), profiled_steps=0)
 
 
 def measure_case(

@@ -81,7 +81,7 @@ def make_triton_runner(
         if recorder is not None:
             record = make_graphs(model, kv_caches, rows, recorder(), sizes).record
             taken = graph_bytes(record, sizes, gpu.memory)
-            del record
+            del record  # its graphs' memory is free again when it is asked for below
         return gpu_kv_bytes(config, gpu.memory, activations=activations, graphs=taken)
 
     size = _size(config, model, spec, free_bytes)

@@ -86,11 +86,6 @@ class LocalExecutor:
     def _kernels_in_use(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._kernels is None else self._kernels.in_use()
 
-    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """Launch a step and collect it, with none in flight."""
-        self.launch(output)
-        return self.collect()
-
     def launch(self, output: SchedulerOutput) -> None:
         """See Executor.launch. EngineDeadError after shutdown."""
         with self._kernels_in_use():

@@ -132,10 +132,9 @@ class DecodeGraphs:
 
     def size_for(self, plan: StepPlan) -> int | None:
         """The size whose graph runs a step; None if none does."""
-        layout = plan.layout
-        rows = len(layout.slots)
-        if layout.num_tokens > rows or len(layout.sampled) < rows:
+        if plan.prompts or not plan.layout.decodes:
             return None
+        rows = len(plan.layout.slots)
         for size in self._sizes:
             if size >= rows:
                 return size if size in self._graphs or self._is_due(size) else None

@@ -46,7 +46,8 @@ class DeviceRows:
         width = HEADER + -(-limits.max_blocks // _UNIT) * _UNIT
         self._rows = torch.zeros(limits.max_rows, width, dtype=torch.int32, device=device)
         self._buffers = make_step_buffers(limits.max_tokens, limits.max_rows, width - HEADER, device)
-        self._one_each = torch.arange(limits.max_rows + 1, dtype=torch.int32, device=device)
+        # Not torch.arange: on the meta device that imports sympy, which takes 0.4 s and more.
+        self._one_each = torch.from_numpy(np.arange(limits.max_rows + 1, dtype=np.int32)).to(device)
         self._sampler = TritonSampler(device)
         self._layout: StepLayout | None = None  # what _step says
         self._step = StepArrays(*[self._one_each[:0]] * 5)
@@ -65,10 +66,10 @@ class DeviceRows:
             num_rows,
             layout.num_tokens,
             num_outputs=len(layout.sampled),
-            max_query_len=int(layout.query_lens.max()),
-            max_seq_len=int(plan.seq_lens.max()),
-            num_decode_rows=int((layout.query_lens == 1).sum()),
-            outputs=self._outputs(plan),
+            max_query_len=layout.max_query_len,
+            max_seq_len=plan.max_seq_len,
+            num_decode_rows=layout.num_decode_rows,
+            outputs=self._outputs(len(layout.sampled)) if plan.leaves_out else None,
         )
 
     def decode_input(self, num_rows: int) -> ModelInput:
@@ -150,10 +151,7 @@ class DeviceRows:
             block_size=self._limits.block_size,
         )
 
-    def _outputs(self, plan: StepPlan) -> OutputRows | None:
-        count = len(plan.layout.sampled)
-        if plan.prompts or plan.layout.num_tokens == count:
-            return None
+    def _outputs(self, count: int) -> OutputRows:
         rows = self._buffers.output_rows[:count]
         tables = self._buffers.block_tables
         return OutputRows(

@@ -41,7 +41,6 @@ class HostRows:
         tables = self._block_tables(plan)
         blocks, offsets = np.divmod(positions, self._block_size)
         slots = tables[row_of, blocks].astype(np.int64) * self._block_size + offsets
-        only_sampled = not plan.prompts and num_tokens > len(sampled)
         return ModelInput(
             input_ids=_tensor(self._input_ids(layout, num_tokens)),
             positions=_tensor(positions),
@@ -51,11 +50,11 @@ class HostRows:
                 block_tables=_tensor(tables),
                 query_start_loc=_tensor(layout.query_start_loc),
                 seq_lens=_tensor(plan.seq_lens),
-                max_query_len=int(query_lens.max()),
-                max_seq_len=int(plan.seq_lens.max()),
-                num_decode_rows=int((query_lens == 1).sum()),
+                max_query_len=layout.max_query_len,
+                max_seq_len=plan.max_seq_len,
+                num_decode_rows=layout.num_decode_rows,
             ),
-            outputs=_output_rows(tables, plan) if only_sampled else None,
+            outputs=_output_rows(tables, plan) if plan.leaves_out else None,
         )
 
     def choose_with(self, plan: StepPlan) -> ChooseTokens:

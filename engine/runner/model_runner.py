@@ -33,7 +33,6 @@ class _Launched:
 
     plan: StepPlan | None
     logits: torch.Tensor | None = None
-    metadata: SamplingMetadata | None = None
     prompts: Callable[[], PromptLogprobs] = dict
     chosen: Callable[[], Chosen] | None = None
 
@@ -107,7 +106,7 @@ class ModelRunner:
         tokens, entries = ([], []) if launched.chosen is None else launched.chosen()
         self._follow(plan.layout, tokens)
         self._sample_late()
-        return _make_output(launched, plan, tokens, entries, prompts)
+        return _make_output(plan.layout, tokens, entries, prompts)
 
     def abandon(self) -> None:
         """Wait for what is in flight and drop it; the sequences are to be forgotten."""
@@ -117,7 +116,7 @@ class ModelRunner:
 
     def _forward(self, launched: _Launched, plan: StepPlan) -> Pending[PromptLogprobs]:
         """Work: the step's logits, and the log-probabilities of prompt tokens."""
-        size = None if self._graphs is None or plan.prompts else self._graphs.size_for(plan)
+        size = None if self._graphs is None else self._graphs.size_for(plan)
         if self._graphs is not None and size is not None:
             self._rows.prepare(plan, size)
             launched.logits = self._graphs.replay(size)[: len(plan.layout.sampled)]
@@ -134,7 +133,7 @@ class ModelRunner:
 
     def _sample(self, launched: _Launched, plan: StepPlan) -> None:
         """Launch the sampling of a step whose forward pass is launched."""
-        launched.metadata = metadata = build_sampling_metadata(plan, vocab_size=self._vocab_size)
+        metadata = build_sampling_metadata(plan, vocab_size=self._vocab_size)
         choose = self._rows.choose_with(plan)
         launched.chosen = self._queue.submit(partial(self._choose, launched, metadata, choose))
         self._awaited.update(state.seq_id for state in plan.layout.followed)
@@ -193,21 +192,20 @@ class ModelRunner:
 
 
 def _make_output(
-    launched: _Launched,
-    plan: StepPlan,
+    layout: StepLayout,
     tokens: Sequence[int],
     entries: Sequence[TokenLogprobs],
     prompts: PromptLogprobs,
 ) -> ModelRunnerOutput:
-    seq_ids = plan.layout.sampled_seq_ids if tokens else ()
+    seq_ids = layout.sampled_seq_ids if tokens else ()
     sampled: dict[int, tuple[int, ...]] = dict(zip(seq_ids, zip(tokens, strict=True), strict=True))
     errors: dict[int, str] = {}
     if tokens and min(tokens) < 0:
         errors = {seq_id: REASONS[new[0]] for seq_id, new in sampled.items() if new[0] < 0}
         sampled = {seq_id: new for seq_id, new in sampled.items() if seq_id not in errors}
     logprobs: PromptLogprobs = {}
-    if entries and launched.metadata is not None:
-        wanted = [seq_ids[row] for row in launched.metadata.wanted]
+    if entries:
+        wanted = [seq_ids[row] for row in layout.reporting]
         logprobs = {
             seq_id: (entry,) for seq_id, entry in zip(wanted, entries, strict=True) if seq_id not in errors
         }

@@ -100,6 +100,21 @@ class StepLayout:
         """T."""
         return int(self.query_start_loc[-1])
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every row runs one token and samples."""
+        return self.num_tokens == len(self.slots) == len(self.sampled)
+
+    @property
+    def max_query_len(self) -> int:
+        """Tokens of the row that runs most."""
+        return int(self.query_lens.max())
+
+    @property
+    def num_decode_rows(self) -> int:
+        """Rows of one token."""
+        return int((self.query_lens == 1).sum())
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -117,6 +132,16 @@ class StepPlan:
     prompts: tuple[PromptChunk, ...]
     new_rows: tuple[NewRow, ...]
     new_blocks: tuple[NewBlocks, ...]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest row, after the step."""
+        return int(self.seq_lens.max())
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the last hidden state of some tokens is of no use."""
+        return not self.prompts and self.layout.num_tokens > len(self.layout.sampled)
 
 
 class RowColumns:
@@ -157,7 +182,12 @@ def _features(state: SequenceState, parameters: RowParameters, vocab_size: int) 
         features |= LOGPROBS
     if params.prompt_logprobs is not None:
         features |= PROMPT_LOGPROBS
-    adjusts = state.counts or params.logit_bias or params.allowed_token_ids is not None or params.min_tokens
+    adjusts = (
+        state.counts is not None
+        or params.logit_bias
+        or params.allowed_token_ids is not None
+        or params.min_tokens
+    )
     return features | ADJUSTS if adjusts or state.request.bad_words_token_ids else features
 
 
@@ -204,8 +234,7 @@ class RowTable:
             starts = self._num_computed[slots]
             layout = self._lay_out(seq_ids, slots, np.array(counts, dtype=np.int32), starts, samples)
             prompts = tuple(self._prompts(layout, starts))
-        for start, begin in zip(starts[:1].tolist(), begins, strict=False):
-            assert begin is None or begin == start, "a row goes on where it was"
+        assert begins[0] in (None, starts[0]), "a row goes on where it was"
         seq_lens = starts + layout.query_lens
         self._num_computed[layout.slots] = seq_lens
         plan = StepPlan(

@@ -8,33 +8,11 @@ import numpy.typing as npt
 import torch
 
 _Array = npt.NDArray[Any]
-_ALIGNMENT = 16
-_WORDS = _ALIGNMENT // 4
-
-
-def upload(arrays: Mapping[str, _Array], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copies on the device, made by one transfer that nobody waits for, each aligned for a kernel."""
-    if not arrays:
-        return {}
-    ends = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays.values()]).tolist()
-    staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    starts = [0, *ends[:-1]]
-    host = staging.numpy()
-    for start, array in zip(starts, arrays.values(), strict=True):
-        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    moved = staging.to(device, non_blocking=True)
-    return {
-        name: moved[start : start + array.nbytes].view(_torch_dtype(array)).view(array.shape)
-        for start, (name, array) in zip(starts, arrays.items(), strict=True)
-    }
-
-
-def _torch_dtype(array: _Array) -> torch.dtype:
-    return torch.from_numpy(array[:0]).dtype
+_WORDS = 4  # each begins at a multiple of 16 bytes
 
 
 def upload_words(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
-    """Copies of flat int32 arrays on the device, as upload makes them; this one is for every step."""
+    """Copies of flat arrays on the device, each aligned for a kernel, by one transfer nobody waits for."""
     if not arrays:
         return []
     sizes = [len(array) for array in arrays]
@@ -49,3 +27,16 @@ def upload_words(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) 
         piece if size == room else piece[:size]
         for piece, size, room in zip(pieces, sizes, padded, strict=True)
     ]
+
+
+def upload(arrays: Mapping[str, _Array], device: torch.device) -> dict[str, torch.Tensor]:
+    """upload_words for arrays of any shape, of types of 32 or 64 bits."""
+    flat = [np.ascontiguousarray(array).reshape(-1).view(np.int32) for array in arrays.values()]
+    return {
+        name: words.view(_torch_dtype(array)).view(array.shape)
+        for (name, array), words in zip(arrays.items(), upload_words(flat, device), strict=True)
+    }
+
+
+def _torch_dtype(array: _Array) -> torch.dtype:
+    return torch.from_numpy(array[:0]).dtype

@@ -1,6 +1,9 @@
 """What warm-up builds is what serving asks for: all of it, and little else."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -172,3 +175,24 @@ def test_layers_that_are_alike_are_looked_at_once(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 200}))
     assert warmed_for(folder, "sm_90").keys() == plain.keys()
+
+
+def test_finding_them_does_not_import_sympy(tmp_path: Path) -> None:
+    """Some of torch's operations on the meta device do, which takes longer than all the rest."""
+    folder = write_model(tmp_path, "llama")
+    code = f"""
+import sys
+from pathlib import Path
+from test_specialisations import warmed_for
+assert warmed_for(Path({str(folder)!r}), "sm_90")
+print("sympy" in sys.modules)
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"

@@ -24,7 +24,7 @@ from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
 from halimede.engine.runner.memory import largest_step
 from halimede.engine.runner.rows import RowLimits
 from halimede.errors import ConfigError, EngineDeadError
-from halimede.scheduler.output import ScheduledSequence, SchedulerOutput
+from halimede.scheduler.output import ModelRunnerOutput, ScheduledSequence, SchedulerOutput
 from halimede.scheduler.sampling_params import SamplingParams
 
 PROMPT = (5, 6, 7, 8)
@@ -38,6 +38,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(checkpoint: Path, **settings: Any) -> LocalExecutor:
     config = EngineConfig(model=str(checkpoint), **({"device": "cpu"} | settings))
     return LocalExecutor(config, resolve_model(str(checkpoint)), read_config(checkpoint))
+
+
+def execute(executor: LocalExecutor, output: SchedulerOutput) -> ModelRunnerOutput:
+    executor.launch(output)
+    return executor.collect()
 
 
 def prefill() -> SchedulerOutput:
@@ -54,7 +59,7 @@ def test_runs_and_shuts_down(checkpoint: Path, caplog: pytest.LogCaptureFixture)
     assert "LlamaForCausalLM" in caplog.text
     assert "6 blocks of 16 tokens" in caplog.text
     expected = int(reference_logits(checkpoint, PROMPT)[-1].argmax())
-    assert executor.execute(prefill()).sampled_token_ids == {0: (expected,)}
+    assert execute(executor, prefill()).sampled_token_ids == {0: (expected,)}
     assert executor._runner is not None
     weight = weakref.ref(executor._runner._model)
     cache = weakref.ref(executor._runner._kv_caches[0][0])
@@ -63,7 +68,7 @@ def test_runs_and_shuts_down(checkpoint: Path, caplog: pytest.LogCaptureFixture)
     gc.collect()
     assert weight() is cache() is None
     with pytest.raises(EngineDeadError, match="shut down"):
-        executor.execute(prefill())
+        execute(executor, prefill())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -72,7 +77,7 @@ def test_dtypes(checkpoint: Path, dtype: str) -> None:
     assert executor.dtype == getattr(torch, dtype)
     assert executor._runner is not None
     assert executor._runner._kv_caches[0][0].dtype == executor.dtype
-    assert len(executor.execute(prefill()).sampled_token_ids) == 1
+    assert len(execute(executor, prefill()).sampled_token_ids) == 1
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -97,7 +102,7 @@ def test_weights_are_kept_once_where_memory_is_short(
         assert ("kept in one form" in caplog.text) is short
         assert len(forms) == 1
         assert sum(forms.pop()) == (1 if short else 2) or (native and not cpu_has_bfloat16())
-        outputs.append(executor.execute(prefill()).sampled_token_ids)
+        outputs.append(execute(executor, prefill()).sampled_token_ids)
     assert outputs[0] == outputs[1]
 
 

@@ -218,14 +218,6 @@ class Simulation:
         assert scheduled.needs_sample
         return self.rows[scheduled.seq_id].num_computed
 
-    def _start(self, scheduled: ScheduledSequence) -> int:
-        """Where a row begins; one that does not say goes on where it was."""
-        if scheduled.num_computed_tokens is not None:
-            return scheduled.num_computed_tokens
-        assert (scheduled.num_tokens, scheduled.new_block_ids, scheduled.new) == (1, (), None)
-        assert scheduled.needs_sample
-        return self.rows[scheduled.seq_id].num_computed
-
     def _take_in(self, scheduled: ScheduledSequence) -> None:
         """The runner's side: rows start with `new` and go on where they were."""
         expected, size = self.expected[scheduled.seq_id], self.config.block_size
