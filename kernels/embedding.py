@@ -10,7 +10,11 @@ def embed(token_ids: torch.Tensor, weight: torch.Tensor, scale: float, dtype: to
     The scale is rounded to the weight's dtype first (as Hugging Face's Gemma does: trained with sqrt(3072) =
     55.5 in bfloat16, not 55.43).
     """
-    vectors = F.embedding(token_ids, weight).to(dtype)
+    return scale_vectors(F.embedding(token_ids, weight).to(dtype), scale, weight.dtype)
+
+
+def scale_vectors(vectors: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The vectors times the scale as a weight of `dtype` has it, in place."""
     if scale == 1.0:
         return vectors
-    return vectors.mul_(torch.tensor(scale, dtype=weight.dtype, device="cpu").item())
+    return vectors.mul_(torch.tensor(scale, dtype=dtype, device="cpu").item())

@@ -282,14 +282,22 @@ def load_model(
     model = build_model(config)
     files = ModelFiles(str(path), "safetensors", tuple(sorted(path.glob("*.safetensors"))), {}, str(path))
     with open_weights(files) as source:
-        load_weights(model, source, device=torch.device(device), dtype=dtype, progress=False)
+        load_weights(
+            model,
+            source,
+            device=torch.device(device),
+            dtype=dtype,
+            progress=False,
+            quantization=config.quantization,
+        )
     model.prepare(torch.device(device), dtype, config.max_position_embeddings, backend=backend)
     return model
 
 
 def make_kv_caches(model: CausalLM, num_blocks: int, block_size: int, fill: float = 0.0) -> list[KVCache]:
     """One cache per layer, in the model's dtype and device; fill=nan shows reads of unwritten slots."""
-    config, weight = model.config, model.model.embed_tokens.weight
+    config, embedding = model.config, model.model.embed_tokens
+    weight = embedding.form or embedding.weight
     shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
 
     def full() -> torch.Tensor:
@@ -350,7 +358,7 @@ def run_model(
     chunk_size = chunk_size or len(token_ids)
     num_blocks = -(-len(token_ids) // block_size)
     block_table = [1 + (7 * i + 3) % 11 + i // 11 * 11 for i in range(num_blocks)]
-    device = str(model.model.embed_tokens.weight.device)
+    device = str(model.model.rotary_emb.tables[0].device)
     kv_caches = make_kv_caches(model, max(block_table, default=0) + 1, block_size, float("nan"))
     logits = []
     with torch.inference_mode():

@@ -67,6 +67,12 @@ MODEL_LOGITS = (1e-4, 3e-4)
 
 Seen: 1.2e-4, depending on the number of threads, which decides how products are split."""
 
+QUANTIZED_LOGITS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.0, 0.4)}
+"""Logits (of size 1 to 10) of a quantized model against those of the model of its dequantized weights.
+
+In bfloat16 both round after each operation, the quantized one its scales too: they differ as two bfloat16
+models do. Seen: 0.2."""
+
 ROPE_TABLE = (1e-6, 2e-5)
 """Cosines and sines against transformers' at positions up to 256 (float32 angles differ by 1e-5 there)."""
 

@@ -133,7 +133,14 @@ def _load(files: ModelFiles, config: ModelConfig, settings: ExecutionSettings, b
         fill_with_random_weights(model, device=device, dtype=dtype)
     else:
         with open_weights(files) as source:
-            load_weights(model, source, device=device, dtype=dtype, progress=sys.stderr.isatty())
+            load_weights(
+                model,
+                source,
+                device=device,
+                dtype=dtype,
+                progress=sys.stderr.isatty(),
+                quantization=config.quantization,
+            )
     _prepare(model, settings, backend)
     computed = settings.activations
     logger.info(

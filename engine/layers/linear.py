@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halimede.engine.quant.forms.base import WeightForm
 from halimede.kernels.matmul import matmul, pack_weight
 from halimede.kernels.matmul_bags import bag_product, table_of
 
@@ -19,12 +20,14 @@ class Linear(nn.Module):
     """One projection. Call `prepare` once its weight is loaded.
 
     On a CPU the weight may come to lie in other forms: packed for any number of rows, table for one. The
-    plain weight is empty once nothing reads it.
+    plain weight is empty once nothing reads it. A quantized weight is a form of its own: `form`.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
+        self.out_features = out_features
         self.weight = empty_parameter(out_features, in_features)
+        self.form: WeightForm | None = None
         self.bias = empty_parameter(out_features) if bias else None
         self.packed: torch.Tensor | None
         self.table: torch.Tensor | None
@@ -41,6 +44,8 @@ class Linear(nn.Module):
             return
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        if self.form is not None:
+            return
         widened = self.weight.dtype != dtype
         if not twice and widened:
             return
@@ -52,6 +57,11 @@ class Linear(nn.Module):
         if self.table is not None or self.weight.dtype == torch.float32 or not twice:
             self.weight = empty_parameter(0)
 
+    def take_form(self, form: WeightForm) -> None:
+        """Multiply with a quantized weight in place of the plain one."""
+        self.form = form
+        self.weight = empty_parameter(0)
+
     def _make_table(self, shared: bool) -> None:
         table = table_of(self.weight)
         if table is not None and not shared:
@@ -62,7 +72,10 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K_in) -> (..., N_out)."""
         if x.device.type == "meta":  # for this torch would import sympy, which takes 0.6 s
-            return x.new_empty(*x.shape[:-1], self.weight.shape[0])
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        if self.form is not None:
+            y: torch.Tensor = self.form(x)
+            return y if self.bias is None else y.add_(self.bias)
         if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
         if self.table is not None and x.shape[0] == 1:

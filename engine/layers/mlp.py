@@ -36,7 +36,7 @@ class GatedMLP(nn.Module):
 
     def _gate_and_up(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, bias = self.gate_up_proj.weight, self.gate_up_proj.bias
-        few = hidden_states.shape[0] <= self._gated_rows
+        few = hidden_states.shape[0] <= self._gated_rows and self.gate_up_proj.form is None
         if self._gated_matmul is not None and few and is_for_gated_matmul(weight):
             return self._gated_matmul(hidden_states, weight, bias, self._name)
         gated: torch.Tensor = self.activation(self.gate_up_proj(hidden_states))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from halimede.engine.loader.quantized import QuantizedModule, replaced_weights
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -20,24 +22,38 @@ class Slice:
 class Plan:
     """What to load: `slices` by checkpoint name in the checkpoint's order, and what does not fit.
 
-    `missing` has the names that the model needs and the checkpoint lacks, `unexpected` the checkpoint's names
-    that nothing in the model takes.
+    `parts` has, for the name of each part of the quantized modules, the checkpoint's name of each suffix that
+    is there. `missing` has the names that the model needs and the checkpoint lacks, `unexpected` the
+    checkpoint's names that nothing in the model takes.
     """
 
     slices: Mapping[str, Slice]
+    parts: Mapping[str, Mapping[str, str]]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
 
-def plan_loading(model: nn.Module, names: Collection[str]) -> Plan:
-    """Match the checkpoint's `names` with the parameters of `model`.
+def plan_loading(model: nn.Module, names: Collection[str], quantized: Sequence[QuantizedModule] = ()) -> Plan:
+    """Match the checkpoint's `names` with the parameters of `model` and the tensors of its quantized modules.
 
     Parameters that are tied (one object under several names) are filled once, by the first of their names
     that the checkpoint has; the others may be there and are not read.
     """
-    expected = _expected(model)
-    renamed = _renamed(names, expected)
+    replaced = replaced_weights(model, quantized)
+    expected = _expected(model, replaced)
+    of_parts = {
+        name: (part.name, suffix, needed)
+        for module in quantized
+        for part in module.parts
+        for suffix, name, needed in part.tensor_names()
+    }
+    known = expected.keys() | of_parts.keys()
+    renamed = _renamed(names, known)
     checkpoint_names = {model_name: name for name, model_name in renamed.items()}
+    parts: dict[str, dict[str, str]] = {part.name: {} for module in quantized for part in module.parts}
+    for name, (part_name, suffix, _needed) in of_parts.items():
+        if name in checkpoint_names:
+            parts[part_name][suffix] = checkpoint_names[name]
     sources: dict[Slice, str | None] = {}
     first_names: dict[Slice, str] = {}
     for model_name, part in expected.items():
@@ -45,24 +61,31 @@ def plan_loading(model: nn.Module, names: Collection[str]) -> Plan:
         if sources.get(part) is None:
             sources[part] = checkpoint_names.get(model_name)
     chosen = {name: part for part, name in sources.items() if name is not None}
+    missing = [first_names[part] for part, name in sources.items() if name is None]
+    missing += [name for name, (_, _, needed) in of_parts.items() if needed and name not in checkpoint_names]
     ignored: Sequence[str] = getattr(model, "ignored_weights", ())
     return Plan(
         slices={name: chosen[name] for name in names if name in chosen},
-        missing=tuple(first_names[part] for part, name in sources.items() if name is None),
+        parts=parts,
+        missing=tuple(missing),
         unexpected=tuple(
             name
             for name, model_name in renamed.items()
-            if model_name not in expected and not any(re.search(pattern, model_name) for pattern in ignored)
+            if model_name not in known
+            and model_name not in replaced
+            and not any(re.search(pattern, model_name) for pattern in ignored)
         ),
     )
 
 
-def _expected(model: nn.Module) -> dict[str, Slice]:
-    """The tensors that a checkpoint of this model has, under the model's names."""
+def _expected(model: nn.Module, replaced: Collection[str]) -> dict[str, Slice]:
+    """The tensors that a checkpoint of this model has, under the model's names, but for `replaced` ones."""
     packed: Mapping[str, Sequence[str]] = getattr(model, "packed_modules", {})
     canonical: dict[int, str] = {}  # parameters tied to each other count under the first of their names
     expected: dict[str, Slice] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in replaced:
+            continue
         target = canonical.setdefault(id(parameter), name)
         path, _, leaf = name.rpartition(".")
         owner, _, module = path.rpartition(".")

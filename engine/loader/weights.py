@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -18,8 +18,12 @@ from tqdm import tqdm
 from halimede.engine.loader.host_memory import WeightMemory
 from halimede.engine.loader.mapping import Plan, Slice, plan_loading
 from halimede.engine.loader.model_files import ModelFiles
+from halimede.engine.loader.quantized import Part, find_quantized, put_form
 from halimede.engine.loader.safetensors import SafetensorsWeights
 from halimede.engine.loader.torch_bin import TorchBinWeights
+from halimede.engine.quant.forms.base import Placement
+from halimede.engine.quant.scheme import QuantScheme
+from halimede.engine.quant.stored import StoredModule
 from halimede.errors import ModelLoadError, UnsupportedQuantizationError
 
 _SHOWN = 5  # names listed in an error message
@@ -60,42 +64,83 @@ def open_weights(files: ModelFiles) -> WeightSource:
 
 
 def load_weights(
-    model: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype, progress: bool
+    model: nn.Module,
+    source: WeightSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool,
+    quantization: QuantScheme | None = None,
 ) -> None:
-    """Replace every parameter of `model` by the checkpoint's, on `device` and in `dtype`.
+    """Replace every parameter of `model` by the checkpoint's, on `device` and in `dtype`; weights that are
+    quantized become forms.
 
     The model is built on the meta device. Optional attributes of it are read: `packed_modules` names the
     modules that one fused module is made of (the fused module's `output_sizes` has the rows of each),
     `ignored_weights` holds regular expressions of tensors to leave out, `float32_weights` of parameters that
     stay in float32, and `convert_weight` makes of a tensor what its parameter holds. Memory: the parameters
-    and one tensor.
+    and one tensor, or what one quantized module is made of.
 
-    Raises ModelLoadError, before anything is read, when a tensor is missing or nothing takes it, and while
-    reading when one has the wrong shape; UnsupportedQuantizationError when one is not of a floating type.
+    Raises ModelLoadError, before anything is read, when a tensor is missing or nothing takes it; before
+    memory is taken, when a tensor of a quantized weight has the wrong shape or scales that are not finite;
+    and while reading, when another has the wrong shape. UnsupportedQuantizationError when one is not of a
+    floating type.
     """
-    plan = plan_loading(model, source.names())
+    to = Placement(device, dtype)
+    modules = find_quantized(model, quantization)
+    plan = plan_loading(model, source.names(), modules)
     _check_complete(model, plan, source)
+    stored = {part.name: _stored(part, plan, source) for module in modules for part in module.parts}
+    for module in modules:
+        for part in module.parts:
+            part.format.check(stored[part.name])
     parameters = dict(model.named_parameters())
+    bar = tqdm(
+        total=len(plan.slices) + sum(map(len, plan.parts.values())),
+        desc="Loading weights",
+        unit="tensor",
+        disable=not progress,
+    )
+    try:
+        with bar:
+            filled = _fill(model, parameters, plan, source, to, bar)
+            for module in modules:
+                put_form(model, module, [part.format.convert(stored[part.name]) for part in module.parts], to)
+                bar.update(sum(len(plan.parts[part.name]) for part in module.parts))
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(parameters, to.dtype, to.device) from error
+    assign_parameters(model, filled)
+
+
+def _fill(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    plan: Plan,
+    source: WeightSource,
+    to: Placement,
+    bar: "tqdm[Any]",
+) -> dict[str, torch.Tensor]:
+    """The parameters that are not quantized, by name."""
     convert: Callable[[str, torch.Tensor], torch.Tensor] = getattr(model, "convert_weight", _as_it_is)
     filled: dict[str, torch.Tensor] = {}
-    memory = WeightMemory(device)
-    try:
-        for name, part in tqdm(
-            plan.slices.items(), desc="Loading weights", unit="tensor", disable=not progress
-        ):
-            tensor = source.get(name)
-            _check_tensor(tensor, name, part, source)
-            shape = parameters[part.parameter].shape
-            if part.parameter not in filled:
-                own = parameter_dtype(model, part.parameter, dtype)
-                filled[part.parameter] = memory.empty(tuple(shape), own)
-            target = filled[part.parameter]
-            if part.shape != tuple(shape):
-                target = target.narrow(0, part.start, part.shape[0])
-            target.copy_(convert(part.parameter, tensor))
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(parameters, dtype, device) from error
-    assign_parameters(model, filled)
+    memory = WeightMemory(to.device)
+    for name, part in plan.slices.items():
+        tensor = source.get(name)
+        _check_tensor(tensor, name, part, source)
+        shape = parameters[part.parameter].shape
+        if part.parameter not in filled:
+            own = parameter_dtype(model, part.parameter, to.dtype)
+            filled[part.parameter] = memory.empty(tuple(shape), own)
+        target = filled[part.parameter]
+        if part.shape != tuple(shape):
+            target = target.narrow(0, part.start, part.shape[0])
+        target.copy_(convert(part.parameter, tensor))
+        bar.update()
+    return filled
+
+
+def _stored(part: Part, plan: Plan, source: WeightSource) -> StoredModule:
+    return StoredModule(part.name, part.rows, part.columns, plan.parts[part.name], source.get, source.where)
 
 
 def _as_it_is(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,10 +169,12 @@ def assign_parameters(model: nn.Module, filled: Mapping[str, torch.Tensor]) -> N
     made = {
         id(parameter): nn.Parameter(filled[name], requires_grad=False)
         for name, parameter in model.named_parameters()
+        if name in filled
     }
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, made[id(parameter)])
+        if id(parameter) in made:
+            setattr(model.get_submodule(path), leaf, made[id(parameter)])
 
 
 def _check_complete(model: nn.Module, plan: Plan, source: WeightSource) -> None:

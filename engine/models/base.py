@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.layers.attention import SelfAttention
 from halimede.engine.layers.attention_step import AttentionStep, Backend, LayerGroup
 from halimede.engine.layers.attention_torch import TorchBackend
@@ -17,7 +18,6 @@ from halimede.engine.layers.norm import RMSNorm
 from halimede.engine.layers.rotary import RotaryEmbedding
 from halimede.engine.model_input import KVCache, ModelInput
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
-from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.layer_trace import LayerTraces, can_replay, run_layers
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.layers.rope_config import RopeConfig
-from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.registry import SUPPORTED_ARCHITECTURES, model_class
 from halimede.engine.models.rope_fields import read_rope
-from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
+from halimede.engine.quant.registry import read_scheme
+from halimede.engine.quant.scheme import QuantScheme
+from halimede.errors import ModelLoadError, UnsupportedModelError
 from halimede.kernels.ops import Gate
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +56,7 @@ class ModelConfig:
     sliding_windows has one entry per layer. supports_float16: False where activations pass 65504.
     dtype: the checkpoint's, None when it does not say.
     bos_token_ids, eos_token_ids: empty when the config names none.
+    quantization: how the weights are quantized, None where they are not.
     """
 
     architecture: str
@@ -81,18 +84,18 @@ class ModelConfig:
     bos_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype | None
+    quantization: QuantScheme | None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str) -> "ModelConfig":
         """Read a Hugging Face config, of transformers 5 or older; `source` names its file in errors.
 
         Raises ModelLoadError for a field that is missing or wrong, UnsupportedModelError for the
-        architecture, rope type or activation, UnsupportedQuantizationError for a quantized checkpoint.
+        architecture, rope type or activation, UnsupportedQuantizationError for how it is quantized.
         """
         architecture = _read_architecture(ConfigFields(config, source))
         family = model_class(architecture)
         fields = ConfigFields(family.normalize_config(config), source)
-        _refuse_quantization(fields)
         heads = fields.integer("num_attention_heads")
         kv_heads = fields.integer("num_key_value_heads", heads)
         hidden_size = fields.integer("hidden_size")
@@ -130,6 +133,7 @@ class ModelConfig:
             bos_token_ids=fields.token_ids("bos_token_id"),
             eos_token_ids=fields.token_ids("eos_token_id"),
             dtype=_read_dtype(fields),
+            quantization=read_scheme(fields),
         )
 
 
@@ -145,17 +149,6 @@ def _read_architecture(fields: ConfigFields) -> str:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{fields.source}: {error}") from None
     return names[0]
-
-
-def _refuse_quantization(fields: ConfigFields) -> None:
-    for name in ("quantization_config", "compression_config"):
-        section = fields.section(name)
-        if section is not None:
-            method = section.text("quant_method", "unknown")
-            raise UnsupportedQuantizationError(
-                f"{fields.source}: {name} says the checkpoint is quantized with {method!r}, which is not "
-                "supported yet; use an unquantized checkpoint or a GGUF"
-            )
 
 
 def _read_activation(fields: ConfigFields, name: str | None) -> Gate:

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.layers.norm import RMSNorm
 from halimede.engine.models.base import CausalLM, DecoderLayer
 from halimede.engine.models.config import ArchitectureOptions, ModelConfig
-from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.rope_fields import read_ropes_by_layer_type
 from halimede.engine.models.window_fields import windows_by_type
 from halimede.errors import UnsupportedModelError

@@ -1,8 +1,8 @@
 """Llama 1 to 3.x, and the many models that share its architecture (SmolLM, TinyLlama, Yi, ...)."""
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ArchitectureOptions
-from halimede.engine.models.config_fields import ConfigFields
 
 
 class LlamaForCausalLM(CausalLM):

@@ -1,8 +1,8 @@
 """Mistral 7B and its successors with the same architecture."""
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ArchitectureOptions
-from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.window_fields import windows_by_type
 
 _DEFAULT_SLIDING_WINDOW = 4096

@@ -1,8 +1,8 @@
 """Qwen3, dense models."""
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ArchitectureOptions
-from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.window_fields import read_layer_windows
 
 

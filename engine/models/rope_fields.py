@@ -5,8 +5,8 @@ transformers 5 writes one object, rope_parameters; before, rope_theta stood besi
 
 from typing import get_args
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.layers.rope_config import RopeConfig, RopeType
-from halimede.engine.models.config_fields import ConfigFields
 from halimede.errors import ModelLoadError, UnsupportedModelError
 
 _DEFAULT_THETA = 10000.0

@@ -1,6 +1,6 @@
 """Which layers have a sliding window, as the families write it in config.json."""
 
-from halimede.engine.models.config_fields import ConfigFields
+from halimede.engine.config_fields import ConfigFields
 from halimede.errors import ModelLoadError, UnsupportedModelError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tolerances import ROPE_TABLE
 
+from halimede.engine.config_fields import ConfigFields
 from halimede.engine.layers.rotary import RotaryEmbedding, rope_frequencies
-from halimede.engine.models.config_fields import ConfigFields
 from halimede.engine.models.rope_fields import read_rope
 from halimede.errors import ModelLoadError, UnsupportedModelError
 

@@ -1,0 +1,56 @@
+"""Lays canonical weights out for the device that they are multiplied on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from halimede.engine.quant.canonical import (
+    CanonicalWeight,
+    Fp8Weight,
+    GroupedWeight,
+    Int8Weight,
+    PlainWeight,
+    join_weights,
+)
+from halimede.engine.quant.forms.base import Placement, WeightForm
+from halimede.engine.quant.forms.fp8 import FP8
+from halimede.engine.quant.forms.plain import Plain
+from halimede.engine.quant.forms.w8a8 import W8A8
+from halimede.engine.quant.forms.wna16 import WNA16
+
+
+class JoinedForm(WeightForm):
+    """Several weights of the same inputs, one's rows after the other's, where one form does not take them."""
+
+    def __init__(self, parts: Sequence[WeightForm]) -> None:
+        shape = sum(part.out_features for part in parts), parts[0].in_features
+        super().__init__(shape, Placement(parts[0].device, parts[0].dtype))
+        self._parts = list(parts)
+        self.parts = nn.ModuleList(parts)  # so that their tensors are found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See WeightForm."""
+        return torch.cat([part(x) for part in self._parts], 1)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """See WeightForm."""
+        whole = torch.cat([part.rows(torch.arange(part.out_features)) for part in self._parts])
+        return whole[ids]
+
+
+def make_form(weights: Sequence[CanonicalWeight], placement: Placement) -> WeightForm:
+    """One form of the weights of a module, of which a fused one has several."""
+    forms = [_form_of(weight, placement) for weight in join_weights(weights)]
+    return forms[0] if len(forms) == 1 else JoinedForm(forms)
+
+
+def _form_of(weight: CanonicalWeight, placement: Placement) -> WeightForm:
+    if isinstance(weight, GroupedWeight):
+        return WNA16(weight, placement)
+    if isinstance(weight, Int8Weight):
+        return W8A8(weight, placement)
+    if isinstance(weight, Fp8Weight):
+        return FP8(weight, placement)
+    assert isinstance(weight, PlainWeight), f"no form for {type(weight).__name__}"
+    return Plain(weight, placement)
