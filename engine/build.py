@@ -12,12 +12,16 @@ from halimede.engine.loader.hf_overrides import apply_hf_overrides
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.resolve import resolve_model
 from halimede.engine.models.config import ModelConfig
+from halimede.engine.quant.choose import choose_scheme
 from halimede.scheduler.config import SchedulerConfig
 from halimede.scheduler.scheduler import Scheduler
 
 
 def open_model(config: EngineConfig) -> tuple[ModelFiles, ModelConfig]:
-    """Find (and if need be download) the model and read its configuration; loads no weights yet."""
+    """Find (and if need be download) the model and read its configuration; loads no weights yet.
+
+    ConfigError for a `quantization` that the checkpoint contradicts.
+    """
     files = resolve_model(
         config.model,
         revision=config.revision,
@@ -31,7 +35,9 @@ def open_model(config: EngineConfig) -> tuple[ModelFiles, ModelConfig]:
             config=apply_hf_overrides(files.config, config.hf_overrides),
             config_source=f"{files.config_source} with hf_overrides",
         )
-    return files, ModelConfig.from_hf(files.config, files.config_source)
+    model_config = ModelConfig.from_hf(files.config, files.config_source)
+    scheme = choose_scheme(config.quantization, model_config.quantization, files.config_source)
+    return files, replace(model_config, quantization=scheme)
 
 
 def build_core(

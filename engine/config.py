@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from halimede.errors import ConfigError, UnsupportedQuantizationError
+from halimede.errors import ConfigError
 from halimede.keywords import KeywordChecked
 from halimede.scheduler.config import SchedulingPolicy
 
@@ -51,7 +51,11 @@ class EngineConfig(KeywordChecked):
         "Fields laid over the model's config.json, nested ones too; in Python also a function of the config.",
     )
     dtype: DType = _option("auto", "Data type of weights and activations.")
-    quantization: str | None = _option(None, "Quantization method of the checkpoint; None reads it there.")
+    quantization: str | None = _option(
+        None,
+        "int4, int8 or fp8: quantize a plain checkpoint's weights while they are loaded; or the checkpoint's "
+        "own method, which is read there by default.",
+    )
     device: str = _option("auto", "torch device, such as cuda, cuda:1 or cpu.")
     attention_backend: AttentionBackend = _option(
         "auto",
@@ -139,10 +143,6 @@ def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None
 
 def _check_support(c: EngineConfig) -> None:
     _check_choice("block_size", c.block_size, BLOCK_SIZES)
-    if c.quantization is not None:
-        raise UnsupportedQuantizationError(
-            f"quantization={c.quantization!r} is not supported yet; give an unquantized checkpoint or a GGUF"
-        )
 
 
 def _check_ranges(c: EngineConfig) -> None:

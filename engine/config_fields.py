@@ -64,6 +64,15 @@ class ConfigFields:
             raise self.wrong(name, value, "a list of strings")
         return tuple(value)
 
+    def nested_texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings or of such lists, as one; empty when the field is missing or null."""
+        value = self._config.get(name) or ()
+        outer = value if isinstance(value, list | tuple) else (value,)
+        items = [item for each in outer for item in (each if isinstance(each, list | tuple) else [each])]
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in items):
+            raise self.wrong(name, value, "a list of strings, or of lists of them")
+        return tuple(items)
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of numbers greater than 0; empty when the field is missing or null."""
         value = self._config.get(name) or ()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from halimede.kernels.matmul import plain_products
+from halimede.kernels.recordable import recordable
 
 _PIECE = 1 << 20  # elements of W at once
 
@@ -60,6 +61,32 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def codes_product(x: torch.Tensor, weight: CodedWeight) -> torch.Tensor:
     """(M, K) -> (M, N), of x's type."""
+    zeros = weight.zeros
+    zero, tensor = (0, zeros) if isinstance(zeros, torch.Tensor) else (zeros, None)
+    product = recordable(decoded_product, _SIGNATURE) if torch._C._is_tracing() else decoded_product
+    return product(
+        x, weight.codes, weight.group_size, weight.scales, zero, tensor, weight.offsets, weight.table
+    )
+
+
+_SIGNATURE = (
+    "Tensor x, Tensor codes, int group_size, Tensor scales, int zero, Tensor? zeros, Tensor? offsets, "
+    "Tensor? table"
+)
+
+
+def decoded_product(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    group_size: int,
+    scales: torch.Tensor,
+    zero: int,
+    zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    table: torch.Tensor | None,
+) -> torch.Tensor:
+    """See codes_product."""
+    weight = CodedWeight(codes, group_size, scales, zero if zeros is None else zeros, offsets, table)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for rows in pieces(*weight.shape):
         multiply_piece(x, weight.dequantize(rows), y[:, rows])

@@ -11,6 +11,7 @@ y (M, N).
 import torch
 
 from halimede.kernels.matmul_codes import multiply_piece, pieces
+from halimede.kernels.recordable import recordable
 
 _BIAS = 2.0**120  # bfloat16's exponent bias less e4m3's
 
@@ -46,6 +47,18 @@ def fp8_product(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
 ) -> torch.Tensor:
     """(M, K) -> (M, N), of x's type."""
+    product = recordable(widened_product, _SIGNATURE) if torch._C._is_tracing() else widened_product
+    return product(x, weight, scales, *block)
+
+
+_SIGNATURE = "Tensor x, Tensor weight, Tensor scales, int block_rows, int block_columns"
+
+
+def widened_product(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, block_rows: int, block_columns: int
+) -> torch.Tensor:
+    """See fp8_product."""
+    block = block_rows, block_columns
     y = x.new_empty(x.shape[0], weight.shape[0])
     for rows in pieces(*weight.shape):
         multiply_piece(x, dequantize_fp8(weight, scales, block, rows), y[:, rows])

@@ -9,7 +9,7 @@ more bits are two planes of 4, side by side along K, and x is there twice:
     groups of 16:           u - zero = 16 h + l with h, l in -8..7; 16 low and 16 high codes are one group of
                             32, and the high ones are multiplied with 16 x
 
-The 4-bit product is bound by its instructions from some 16 rows on. Steps of more rows unpack the weight a
+The 4-bit product is bound by its instructions from a few rows on. Steps of more than 32 unpack the weight a
 piece at a time, into x's type, and multiply with that. Unpacking needs to know torch's layout, which hangs on
 the CPU: it is found by packing codes whose places are known.
 
@@ -22,7 +22,10 @@ from dataclasses import dataclass
 
 import torch
 
-MOST_ROWS = 16  # of x, for which codes are multiplied as they are
+from halimede.kernels.norm import FEW_ROWS
+from halimede.kernels.recordable import recordable
+
+_MOST_ROWS = 32  # of x, for which codes are multiplied as they are
 _GROUP_SIZES = (256, 128, 64, 32)
 _BLOCKS = (64, 32, 16)  # rows of W that torch packs together, on CPUs of different kinds
 _ALIGNMENT = 64  # rows of W are filled up to a multiple: torch packs the rest in another way
@@ -80,15 +83,24 @@ def pack_int4(
             codes, bits, scales.float().repeat_interleave(repeats, 1), constants.repeat_interleave(repeats, 1)
         )
     filling = -rows % _ALIGNMENT
-    packed_codes = torch.nn.functional.pad(packed_codes, (0, 0, 0, filling)).int()
     return Int4Weight(
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(packed_codes, 2),
+        _pack(torch.nn.functional.pad(packed_codes, (0, 0, 0, filling))),
         torch.nn.functional.pad(pairs, (0, 0, 0, filling)),
         planes,
         size,
         (rows, columns),
         not centered,
     )
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """torch's packing of [N, K'] uint8, a piece at a time: it takes codes as int32."""
+    step = max(1, _UNPACKED_ELEMENTS // (codes.shape[1] * _ALIGNMENT)) * _ALIGNMENT
+    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
+    for first in range(0, codes.shape[0], step):
+        piece = codes[first : first + step].int()
+        packed[first : first + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(piece, 2)
+    return packed
 
 
 def _planes(
@@ -140,9 +152,33 @@ def block_size() -> int | None:
 
 
 def int4_product(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
-    """(M, K) -> (M, N), of x's type. Up to MOST_ROWS rows of x are rounded to bfloat16."""
-    if x.shape[0] > MOST_ROWS:
-        return _unpacked_product(x, weight)
+    """(M, K) -> (M, N), of x's type. Up to 32 rows of x are rounded to bfloat16."""
+    if x.shape[0] <= FEW_ROWS:
+        return _packed_product(x, weight)
+    product = recordable(product_of_many, _SIGNATURE) if torch._C._is_tracing() else product_of_many
+    settings = weight.planes, weight.group_size, weight.shape[0], weight.has_offsets
+    return product(x, weight.packed, weight.scales, *settings)
+
+
+_SIGNATURE = "Tensor x, Tensor packed, Tensor scales, str planes, int group_size, int rows, bool has_offsets"
+
+
+def product_of_many(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    planes: str,
+    group_size: int,
+    rows: int,
+    has_offsets: bool,
+) -> torch.Tensor:
+    """int4_product for any number of rows, with the fields of an Int4Weight."""
+    weight = Int4Weight(packed, scales, planes, group_size, (rows, x.shape[1]), has_offsets)
+    return _packed_product(x, weight) if x.shape[0] <= _MOST_ROWS else _unpacked_product(x, weight)
+
+
+def _packed_product(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
+    """By torch's product of codes."""
     narrow = _spread(x.to(torch.bfloat16).contiguous(), weight.planes)
     y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
         narrow, weight.packed, weight.group_size, weight.scales
@@ -171,41 +207,49 @@ def _unpacked_product(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     y = x.new_empty(x.shape[0], count * block)
     sums = None
     if weight.has_offsets:
-        sums = x.float().view(x.shape[0], -1, min(weight.group_size, columns)).sum(-1)
+        sums = x.float().view(x.shape[0], -1, weight.group_size).sum(-1)
     step = max(1, _UNPACKED_ELEMENTS // (columns * block))
     for first in range(0, count, step):
         last = min(count, first + step)
-        piece = unpack_blocks(weight, first, last, x.dtype)
+        of_groups, offsets = _scales_and_offsets(weight, first * block, last * block)
+        piece = _unpack_blocks(weight, first, last, of_groups.to(x.dtype))
         part = y[:, first * block : last * block]
         if sums is None:
             torch.mm(x, piece, out=part)
         else:
-            offsets = _offsets(weight, first * block, last * block)
             torch.addmm((sums @ offsets).to(x.dtype), x, piece, out=part)
     return y if y.shape[1] == rows else y[:, :rows]
 
 
-def _offsets(weight: Int4Weight, first: int, last: int) -> torch.Tensor:
-    """What is added to every weight of a group: [G, last - first] float32, beside codes less their middle."""
-    groups = weight.shape[1] // weight.group_size
-    pairs = weight.scales[:groups, first:last].float()
+def _scales_and_offsets(weight: Int4Weight, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows first .. last - 1 of W, [G, last - first] float32: of the groups of its columns, the scale of a
+    code less its middle, and what is added.
+    """
+    groups = weight.shape[1] // (16 if weight.planes == "digits" else weight.group_size)
+    # A pair of bfloat16 is one word; its halves are the upper halves of float32.
+    words = weight.scales.view(torch.int32)[:groups, first:last, 0]
+    scales = (words << 16).view(torch.float32)
+    offsets = (words & -0x10000).view(torch.float32)
     # With two planes 8 s of what torch adds to the low plane make (l - 8) s an l s.
-    return pairs[..., 1] if weight.planes == "one" else pairs[..., 1] - 8 * pairs[..., 0]
+    return scales, offsets.sub_(8 * scales) if weight.planes == "two" else offsets
 
 
-def unpack_blocks(weight: Int4Weight, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-    """Blocks first .. last - 1 of W^T without offsets: [K, (last - first) * block] of dtype."""
+def _unpack_blocks(weight: Int4Weight, first: int, last: int, scales: torch.Tensor) -> torch.Tensor:
+    """Blocks first .. last - 1 of W^T without offsets: [K, (last - first) * block], of the type of `scales`,
+    which _scales_and_offsets gave."""
     columns = weight.shape[1]
     block = block_size()
     assert block is not None, "a weight was packed"
     count = last - first
     packed = weight.packed.view(-1, weight.packed.shape[1] * 2, block // 2)[first:last]
-    scales = weight.scales[:, first * block : last * block, 0].to(dtype)
     codes = _centered(packed, weight.planes)  # [count, K, block] int8
-    group = 16 if weight.planes == "digits" else weight.group_size
-    scales = scales[: columns // group].view(-1, 1, count, block).permute(2, 0, 1, 3)
-    unpacked = torch.empty(columns // group, group, count, block, dtype=dtype)
-    torch.mul(codes.view(count, -1, group, block), scales, out=unpacked.permute(2, 0, 1, 3))
+    groups = scales.shape[0]
+    unpacked = scales.new_empty(groups, columns // groups, count, block)
+    torch.mul(
+        codes.view(count, groups, -1, block),
+        scales.view(groups, 1, count, block).permute(2, 0, 1, 3),
+        out=unpacked.permute(2, 0, 1, 3),
+    )
     return unpacked.view(columns, count * block)
 
 

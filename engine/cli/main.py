@@ -17,6 +17,7 @@ from halimede.engine.cli.generate import generate
 from halimede.engine.cli.kernels import app as kernels
 from halimede.engine.cli.models import models
 from halimede.engine.cli.options import with_engine_options, with_options
+from halimede.engine.cli.quantize import quantize
 from halimede.engine.cli.warmup import warmup
 from halimede.errors import HalimedeError
 
@@ -41,6 +42,9 @@ app.command("batch", no_args_is_help=True, short_help="Run a file of requests, o
 )
 app.command("warmup", no_args_is_help=True, short_help="Build a model's GPU kernels, without a GPU.")(
     with_engine_options(warmup)
+)
+app.command("quantize", no_args_is_help=True, short_help="Write a quantized checkpoint of a plain one.")(
+    quantize
 )
 app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")

@@ -85,7 +85,7 @@ def make_triton_runner(
         return gpu_kv_bytes(config, gpu.memory, activations=activations, graphs=taken)
 
     size = _size(config, model, spec, free_bytes)
-    kv_caches = allocate_kv_caches(spec, size.num_blocks, device)
+    kv_caches = allocate_kv_caches(spec, size.num_blocks, device, model.kv_scales)
     graphs = None
     if recorder is not None:
         graphs = make_graphs(model, kv_caches, rows, recorder(), sizes, lazily=config.lazy_graph_capture)

@@ -132,7 +132,7 @@ def _load(files: ModelFiles, config: ModelConfig, settings: ExecutionSettings, b
     if files.format == "dummy":
         fill_with_random_weights(model, device=device, dtype=dtype)
     else:
-        with open_weights(files) as source:
+        with open_weights(files, config.quantization) as source:
             load_weights(
                 model,
                 source,

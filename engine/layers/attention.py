@@ -12,8 +12,9 @@ from halimede.engine.model_input import KVCache
 class SelfAttention(nn.Module):
     """Causal grouped-query attention: q, k, v as one matrix product, optional norm over each head of q and k.
 
-    scale: what q k^T is multiplied by, None is head_dim^-0.5. Whether the layer has a sliding window is the
-    step's business, not the layer's.
+    scale: what q k^T is multiplied by, None is head_dim^-0.5. k_scale, v_scale: what the checkpoint says keys
+    and values are to be divided by in an 8-bit KV cache with one scale. Whether the layer has a sliding
+    window is the step's business, not the layer's.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.k_scale = self.v_scale = 1.0
         kv_size = num_kv_heads * head_dim
         self.qkv_proj = MergedLinear(hidden_size, (num_heads * head_dim, kv_size, kv_size), bias=bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halimede.engine.loader.gguf_file import GgufFile, need_for_all_layers, open_gguf_shards
+from halimede.engine.loader.gguf_names import hf_names
+from halimede.engine.quant.gguf import TYPES
 from halimede.errors import ModelLoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ _CONTROL = 3
 def read_gguf_config(paths: Sequence[Path]) -> dict[str, Any]:
     """The configuration in the form of a Hugging Face config.json; `paths` are the model's shards in order.
 
-    Beside the Hugging Face fields it has `attention_output_bias` (o_proj has a bias), and `rope_parameters`
+    Beside the Hugging Face fields it has `attention_output_bias` (o_proj has a bias), a `quantization_config`
+    of quant_method "gguf" with the type of each module that stays quantized, and `rope_parameters`
     may be {"rope_type": "factors", "factors": [...]}: inverse frequency i is divided by factors[i] (Llama 3.1
     and later).
 
@@ -78,12 +81,25 @@ def read_gguf_config(paths: Sequence[Path]) -> dict[str, Any]:
         "dtype": _dtype(tensors),
         **_token_ids(meta),
     }
+    types = _quantized_modules(meta, arch, tensors)
+    if types:
+        config["quantization_config"] = {"quant_method": "gguf", "types": types}
     if sliding_window:
         config["sliding_window"] = sliding_window
     if arch == "gemma3":
         config |= _gemma3(meta, config)
     _check_head_dim(meta, arch, config["head_dim"])
     return config
+
+
+def _quantized_modules(meta: GgufFile, arch: str, tensors: "dict[str, ReaderTensor]") -> dict[str, str]:
+    """The type of each module whose weight stays quantized, by its Hugging Face name."""
+    names = hf_names(arch, meta.need(f"{arch}.block_count", int), meta.path)
+    return {
+        names[name].removesuffix(".weight"): tensor.tensor_type.name
+        for name, tensor in tensors.items()
+        if name in names and name.endswith(".weight") and tensor.tensor_type.name in TYPES
+    }
 
 
 def _check_supported(meta: GgufFile, arch: str) -> None:

@@ -1,5 +1,7 @@
-"""The weights of a GGUF under their Hugging Face names, one dequantized tensor at a time."""
+"""The weights of a GGUF under their Hugging Face names, one tensor at a time."""
 
+import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,24 +11,18 @@ import numpy as np
 import torch
 
 from halimede.engine.loader.gguf_file import GgufFile, need_for_all_layers, open_gguf_shards
-from halimede.errors import ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
+from halimede.engine.loader.gguf_names import hf_names
+from halimede.errors import ModelLoadError, UnsupportedQuantizationError
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
+
+logger = logging.getLogger(__name__)
 
 # Elements dequantized at once: gguf's own 16 rows at a time are four times slower on narrow matrices, and
 # larger pieces gain nothing and hold more temporary memory.
 _CHUNK = 1 << 17
 
-_OUTSIDE_LAYERS = ("model.embed_tokens", "model.norm", "lm_head")
-_IN_LAYER = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
-    *(f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")),
-)
 # In some files of Gemma 3: the part that sees, and what joins it to the text.
 _VISION = ("v.", "mm.")
 # Not weights: the configuration carries them.
@@ -36,27 +32,30 @@ _IN_CONFIG = ("rope_freqs.weight",)
 class GgufWeights:
     """A WeightSource over the shards of one GGUF model.
 
-    A quantized tensor comes out as float32; F16, BF16 and F32 come as they are, as views of the mapped file
-    unless their rows must be reordered. Tensors that have no Hugging Face name keep their GGUF name.
+    F16, BF16 and F32 come as they are, as views of the mapped file unless their rows must be reordered. A
+    quantized tensor comes out as float32, or, if it is one of `quantized`, as its bytes: uint8 [rows, bytes].
+    Tensors that have no Hugging Face name keep their GGUF name.
 
     Raises ModelLoadError for unreadable files, UnsupportedModelError for an unknown architecture, and from
     `get` UnsupportedQuantizationError for a type that the gguf package cannot dequantize.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], quantized: Collection[str] = ()) -> None:
         files = open_gguf_shards(paths)
         meta = files[0]
         arch = meta.need("general.architecture", str)
         num_layers = meta.need(f"{arch}.block_count", int)
         if num_layers > sum(len(file.tensors) for file in files):
             raise ModelLoadError(f"{meta.path}: {num_layers} layers have no tensors; download it again")
-        hf_names = _hf_names(arch, num_layers, meta.path)
+        names = hf_names(arch, num_layers, meta.path)
         self._tensors: dict[str, tuple[GgufFile, ReaderTensor]] = {}
         for file in files:
             for name, tensor in file.tensors.items():
                 if name not in _IN_CONFIG and not (arch == "gemma3" and name.startswith(_VISION)):
-                    self._tensors[hf_names.get(name, name)] = (file, tensor)
+                    self._tensors[names.get(name, name)] = (file, tensor)
         self._permuted_heads = _permuted_heads(meta) if arch == "llama" else {}
+        self._quantized = quantized
+        self._log_dequantized()
         # Norm weights have the one added that Hugging Face's Gemma adds when it runs.
         self._norms_plus_one = arch == "gemma3"
 
@@ -93,6 +92,8 @@ class GgufWeights:
             # Whole rows move, so this is done on the quantized bytes.
             data = _undo_permutation(data, heads, f"{file.path}: {tensor.name}")
         kind = tensor.tensor_type.name
+        if name in self._quantized:
+            return torch.from_numpy(data)
         if kind == "BF16":
             return torch.from_numpy(data).view(torch.bfloat16)
         if data.dtype != np.uint8:
@@ -105,32 +106,21 @@ class GgufWeights:
                 "use a GGUF of another type, such as Q8_0 or Q4_K_M"
             ) from error
 
+    def _log_dequantized(self) -> None:
+        plain = ("F32", "F16", "BF16")
+        kinds = Counter(
+            tensor.tensor_type.name
+            for name, (_, tensor) in self._tensors.items()
+            if name not in self._quantized and tensor.tensor_type.name not in plain
+        )
+        if kinds:
+            listed = ", ".join(f"{count} of type {kind}" for kind, count in sorted(kinds.items()))
+            logger.info("tensors that are dequantized while they are loaded: %s", listed)
+
     def _find(self, name: str) -> "tuple[GgufFile, ReaderTensor]":
         if name not in self._tensors:
             raise ModelLoadError(f"no tensor {name} in the GGUF; it has {len(self._tensors)} others")
         return self._tensors[name]
-
-
-def _hf_names(arch: str, num_layers: int, path: Path) -> dict[str, str]:
-    """GGUF tensor name -> Hugging Face name, through the map that GGUF files are made with."""
-    from gguf import get_tensor_name_map
-    from gguf.constants import MODEL_ARCH_NAMES
-
-    known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
-    if arch not in known:
-        raise UnsupportedModelError(f"{path}: architecture {arch!r} is not supported in GGUF")
-    to_gguf = get_tensor_name_map(known[arch], num_layers)
-    modules = [
-        *_OUTSIDE_LAYERS,
-        *(f"model.layers.{i}.{part}" for i in range(num_layers) for part in _IN_LAYER),
-    ]
-    names = {}
-    for module in modules:
-        gguf_name = to_gguf.get_name(module)
-        if gguf_name is not None:
-            for kind in ("weight", "bias"):
-                names[f"{gguf_name}.{kind}"] = f"{module}.{kind}"
-    return names
 
 
 def _permuted_heads(meta: GgufFile) -> dict[str, int]:

@@ -13,6 +13,7 @@ from halimede.engine.loader.checkpoint_files import (
     matching,
     read_index,
 )
+from halimede.engine.loader.quant_config_files import QUANT_CONFIG_FILES
 from halimede.errors import ModelLoadError
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class HubRepository:
         names = [sibling.rfilename for sibling in info.siblings or ()]
         choice = choose_weights(names, f"the repository {self.name}", quant, load_format)
         # A GGUF holds its configuration and its tokenizer.
-        extra = () if choice.format == "gguf" else ("config.json", *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
+        whole = ("config.json", *QUANT_CONFIG_FILES, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
+        extra = () if choice.format == "gguf" else whole
         wanted = matching(names, ("generation_config.json", *extra))
         if choice.index is not None:
             folder = self._download([*wanted, choice.index])

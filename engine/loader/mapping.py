@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from halimede.engine.loader.kv_scales import is_kv_scale
 from halimede.engine.loader.quantized import QuantizedModule, replaced_weights
 
 
@@ -23,12 +24,16 @@ class Plan:
     """What to load: `slices` by checkpoint name in the checkpoint's order, and what does not fit.
 
     `parts` has, for the name of each part of the quantized modules, the checkpoint's name of each suffix that
-    is there. `missing` has the names that the model needs and the checkpoint lacks, `unexpected` the
-    checkpoint's names that nothing in the model takes.
+    is there; `kv_scales` the checkpoint's name of each scale of the KV cache by the model's; `zero_biases`
+    the checkpoint's names of biases of quantized modules that the model does not have: they must be zero.
+    `missing` has the names that the model needs and the checkpoint lacks, `unexpected` the checkpoint's names
+    that nothing in the model takes.
     """
 
     slices: Mapping[str, Slice]
     parts: Mapping[str, Mapping[str, str]]
+    kv_scales: Mapping[str, str]
+    zero_biases: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
@@ -61,18 +66,27 @@ def plan_loading(model: nn.Module, names: Collection[str], quantized: Sequence[Q
         if sources.get(part) is None:
             sources[part] = checkpoint_names.get(model_name)
     chosen = {name: part for part, name in sources.items() if name is not None}
+    left = {name: model_name for name, model_name in renamed.items() if model_name not in known}
+    kv_scales = {
+        model_name: name for name, model_name in left.items() if quantized and is_kv_scale(model_name)
+    }
+    biases = {f"{part}.bias" for part in parts}
+    zero_biases = tuple(name for name, model_name in left.items() if model_name in biases)
     missing = [first_names[part] for part, name in sources.items() if name is None]
     missing += [name for name, (_, _, needed) in of_parts.items() if needed and name not in checkpoint_names]
     ignored: Sequence[str] = getattr(model, "ignored_weights", ())
     return Plan(
         slices={name: chosen[name] for name in names if name in chosen},
         parts=parts,
+        kv_scales=kv_scales,
+        zero_biases=zero_biases,
         missing=tuple(missing),
         unexpected=tuple(
             name
-            for name, model_name in renamed.items()
-            if model_name not in known
-            and model_name not in replaced
+            for name, model_name in left.items()
+            if model_name not in replaced
+            and model_name not in kv_scales
+            and model_name not in biases
             and not any(re.search(pattern, model_name) for pattern in ignored)
         ),
     )

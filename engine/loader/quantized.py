@@ -8,6 +8,7 @@ from torch import nn
 
 from halimede.engine.layers.embedding import Embedding
 from halimede.engine.layers.linear import Linear
+from halimede.engine.loader.host_memory import WeightMemory
 from halimede.engine.quant.canonical import CanonicalWeight, PlainWeight
 from halimede.engine.quant.forms.base import Placement
 from halimede.engine.quant.forms.make import make_form
@@ -100,10 +101,18 @@ def replaced_weights(model: nn.Module, modules: Collection[QuantizedModule]) -> 
 
 
 def put_form(
-    model: nn.Module, module: QuantizedModule, weights: Sequence[CanonicalWeight], to: Placement
+    model: nn.Module,
+    module: QuantizedModule,
+    weights: Sequence[CanonicalWeight],
+    to: Placement,
+    memory: WeightMemory,
 ) -> None:
-    """Lay the weights of a module's parts out, for it and for what is tied to it."""
+    """Lay the weights of a module's parts out, in memory of their own, for it and for what is tied to it."""
     form = make_form(weights, to)
+    for part in form.modules():
+        for name, tensor in part.named_buffers(recurse=False):
+            own = memory.empty(tuple(tensor.shape), tensor.dtype)
+            part.register_buffer(name, own.copy_(tensor), persistent=False)
     replaced = model.get_parameter(f"{module.path}.weight")
     for owner in list(model.modules()):
         if isinstance(owner, Linear | Embedding) and owner.weight is replaced:

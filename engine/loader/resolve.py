@@ -1,6 +1,5 @@
 """Finds the files of a model: a directory, a .gguf file or a repository on the Hugging Face hub."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from halimede.engine.loader.checkpoint_files import (
     read_index,
 )
 from halimede.engine.loader.hub import HubRepository
+from halimede.engine.loader.json_file import read_json_object
 from halimede.engine.loader.model_files import ModelFiles
+from halimede.engine.loader.quant_config_files import add_quant_config
 from halimede.errors import ModelLoadError
 
 # owner/name or name, then perhaps a quantization or file name: owner/name:Q4_K_M
@@ -66,7 +67,7 @@ def resolve_model(
 
 def _from_file(reference: str, path: Path, load_format: LoadFormat) -> ModelFiles:
     if path.suffix == ".json" and load_format == "dummy":
-        return ModelFiles(reference, "dummy", (), _read_json(path), str(path))
+        return ModelFiles(reference, "dummy", (), read_json_object(path), str(path))
     if path.suffix != ".gguf":
         raise ModelLoadError(
             f"{reference} is a file but not a .gguf; give the directory that it lies in, with its config.json"
@@ -109,7 +110,7 @@ def _assemble(reference: str, folder: Path, choice: WeightChoice, load_format: L
         reference=reference,
         format=choice.format,
         weights=tuple(folder / name for name in choice.names),
-        config=_read_json(config_path),
+        config=add_quant_config(folder, read_json_object(config_path)),
         config_source=str(config_path),
         generation_config=_read_generation_config(folder),
         tokenizer_path=folder if matching(files, TOKENIZER_FILES) else None,
@@ -118,7 +119,7 @@ def _assemble(reference: str, folder: Path, choice: WeightChoice, load_format: L
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    return _read_json(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _from_gguf(reference: str, path: Path, load_format: LoadFormat) -> ModelFiles:
@@ -134,17 +135,3 @@ def _from_gguf(reference: str, path: Path, load_format: LoadFormat) -> ModelFile
         generation_config=_read_generation_config(path.parent),
         tokenizer_path=shards[0],
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelLoadError(f"{path} cannot be read ({error}); check its rights") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ModelLoadError(f"{path} is not valid JSON ({error}); repair it or download it again") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(
-            f"{path} holds a {type(content).__name__}, not a JSON object; repair it or download it again"
-        )
-    return content

@@ -16,12 +16,14 @@ from torch import nn
 from tqdm import tqdm
 
 from halimede.engine.loader.host_memory import WeightMemory
+from halimede.engine.loader.kv_scales import take_kv_scales
 from halimede.engine.loader.mapping import Plan, Slice, plan_loading
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.quantized import Part, find_quantized, put_form
 from halimede.engine.loader.safetensors import SafetensorsWeights
 from halimede.engine.loader.torch_bin import TorchBinWeights
 from halimede.engine.quant.forms.base import Placement
+from halimede.engine.quant.gguf import GgufScheme
 from halimede.engine.quant.scheme import QuantScheme
 from halimede.engine.quant.stored import StoredModule
 from halimede.errors import ModelLoadError, UnsupportedQuantizationError
@@ -52,12 +54,16 @@ class WeightSource(Protocol):
     ) -> None: ...
 
 
-def open_weights(files: ModelFiles) -> WeightSource:
-    """Open the weight files of a checkpoint; ModelLoadError when one of them is damaged."""
+def open_weights(files: ModelFiles, quantization: QuantScheme | None = None) -> WeightSource:
+    """Open the weight files of a checkpoint; ModelLoadError when one of them is damaged.
+
+    quantization: as load_weights will be given it.
+    """
     if files.format == "gguf":
         from halimede.engine.loader.gguf import GgufWeights
 
-        return GgufWeights(files.weights)
+        types = quantization.types if isinstance(quantization, GgufScheme) else ()
+        return GgufWeights(files.weights, {f"{module}.weight" for module in types})
     if files.format == "torch_bin":
         return TorchBinWeights(files.weights)
     return SafetensorsWeights(files.weights)
@@ -94,6 +100,8 @@ def load_weights(
     for module in modules:
         for part in module.parts:
             part.format.check(stored[part.name])
+    _check_zero(plan.zero_biases, source)
+    take_kv_scales(model, plan.kv_scales, source.get, source.where)
     parameters = dict(model.named_parameters())
     bar = tqdm(
         total=len(plan.slices) + sum(map(len, plan.parts.values())),
@@ -103,12 +111,14 @@ def load_weights(
     )
     try:
         with bar:
-            filled = _fill(model, parameters, plan, source, to, bar)
+            memory = WeightMemory(device)
+            filled = _fill(model, parameters, plan, source, dtype, memory, bar)
             for module in modules:
-                put_form(model, module, [part.format.convert(stored[part.name]) for part in module.parts], to)
+                weights = [part.format.convert(stored[part.name]) for part in module.parts]
+                put_form(model, module, weights, to, memory)
                 bar.update(sum(len(plan.parts[part.name]) for part in module.parts))
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(parameters, to.dtype, to.device) from error
+        raise out_of_memory(parameters, dtype, device) from error
     assign_parameters(model, filled)
 
 
@@ -117,19 +127,19 @@ def _fill(
     parameters: Mapping[str, nn.Parameter],
     plan: Plan,
     source: WeightSource,
-    to: Placement,
+    dtype: torch.dtype,
+    memory: WeightMemory,
     bar: "tqdm[Any]",
 ) -> dict[str, torch.Tensor]:
     """The parameters that are not quantized, by name."""
     convert: Callable[[str, torch.Tensor], torch.Tensor] = getattr(model, "convert_weight", _as_it_is)
     filled: dict[str, torch.Tensor] = {}
-    memory = WeightMemory(to.device)
     for name, part in plan.slices.items():
         tensor = source.get(name)
         _check_tensor(tensor, name, part, source)
         shape = parameters[part.parameter].shape
         if part.parameter not in filled:
-            own = parameter_dtype(model, part.parameter, to.dtype)
+            own = parameter_dtype(model, part.parameter, dtype)
             filled[part.parameter] = memory.empty(tuple(shape), own)
         target = filled[part.parameter]
         if part.shape != tuple(shape):
@@ -199,6 +209,16 @@ def _check_complete(model: nn.Module, plan: Plan, source: WeightSource) -> None:
             "without them the results would be wrong: check that config.json belongs to these weights "
             "(biases, number of layers), or that this variant of the architecture is supported"
         )
+
+
+def _check_zero(biases: Sequence[str], source: WeightSource) -> None:
+    """AutoGPTQ wrote zeros as biases of modules that have none; ModelLoadError for others."""
+    for name in biases:
+        if bool(source.get(name).any()):
+            raise ModelLoadError(
+                f"{source.where(name)}: the tensor {name} is a bias that is not zero, of a module that has "
+                "none by the config.json; check that config.json belongs to these weights"
+            )
 
 
 def _check_tensor(tensor: torch.Tensor, name: str, part: Slice, source: WeightSource) -> None:

@@ -230,6 +230,12 @@ class CausalLM(nn.Module):
                 module.prepare(backend.ops)
         self.model.prepare(device, max_model_len, backend)
 
+    @property
+    def kv_scales(self) -> list[tuple[float, float]]:
+        """What keys and values of each layer are divided by in an 8-bit KV cache, as the checkpoint says."""
+        attentions = (module for module in self.modules() if isinstance(module, SelfAttention))
+        return [(attention.k_scale, attention.v_scale) for attention in attentions]
+
     def second_form_bytes(self, dtype: torch.dtype) -> int:
         """What keeping weights in two forms costs a CPU, with activations of `dtype`."""
         linears = (module for module in self.modules() if isinstance(module, Linear))

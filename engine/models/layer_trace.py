@@ -11,7 +11,7 @@ not fixed, but for one row and for few rows, which products and norms treat diff
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch import nn
 from halimede.engine.layers.attention_step import AttentionStep
 from halimede.engine.layers.attention_torch import TorchStep
 from halimede.engine.model_input import KVCache
+from halimede.engine.quant.forms.base import WeightForm
 from halimede.kernels.attention_plan import AttentionPlan, DecodeBatch, DecodeScratch, HeadBags
 from halimede.kernels.matmul import plain_products
 from halimede.kernels.norm import FEW_ROWS
@@ -41,21 +42,27 @@ _Slot = tuple[dict[str, Any], str]
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """size: "one" row, "few" or "many". batches: those of each group's plan. groups: of each layer."""
+    """size: "one" row, "few" or "many". batches: those of each group's plan. groups: of each layer.
+    structure: of the quantized weights of all layers.
+    """
 
     size: str
     batches: tuple[_BatchForms, ...]
     groups: tuple[int, ...]
+    structure: Hashable
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Layers first .. last - 1, which one recording runs: the group of each, the weights of all in a row."""
+    """Layers first .. last - 1, which one recording runs: the group of each, the weights of all in a row.
+    structure: of the quantized ones.
+    """
 
     first: int
     last: int
     groups: tuple[int, ...]
     weights: tuple[torch.Tensor, ...]
+    structure: Hashable
 
 
 def run_layers(
@@ -102,7 +109,7 @@ class LayerTraces:
         shared = [tensor for step in steps for tensor in (*step.rope, *_tensors_of(step.plan))]
         with self._replaying(rows):
             for piece in self._pieces[size]:
-                form = _Form(size, batches, piece.groups)
+                form = _Form(size, batches, piece.groups, piece.structure)
                 caches = [tensor for cache in kv_caches[piece.first : piece.last] for tensor in cache[:2]]
                 inputs = (hidden_states, residual, steps[0].kv_rows, *shared, *caches, *piece.weights)
                 layers = self._layers[piece.first : piece.last]
@@ -176,10 +183,23 @@ def _cut(layers: Sequence[nn.Module], groups: Sequence[int], most: int) -> list[
     count = -(-len(layers) // most)
     bounds = [len(layers) * i // count for i in range(count + 1)] if count else []
     weights = [[owner[name] for owner, name in _weight_slots(layer)] for layer in layers]
+    structures = [_structure(layer) for layer in layers]
     return [
-        _Piece(first, last, tuple(groups[first:last]), tuple(chain(*weights[first:last])))
+        _Piece(
+            first,
+            last,
+            tuple(groups[first:last]),
+            tuple(chain(*weights[first:last])),
+            tuple(structures[first:last]),
+        )
         for first, last in pairwise(bounds)
     ]
+
+
+def _structure(layer: nn.Module) -> Hashable:
+    """What makes a difference between the quantized weights of layers; empty where none are."""
+    forms = [(name, module) for name, module in layer.named_modules() if isinstance(module, WeightForm)]
+    return tuple((name, form.structure()) for name, form in forms)
 
 
 def _weight_slots(layer: nn.Module) -> list[_Slot]:

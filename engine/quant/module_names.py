@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 def spellings(name: str) -> tuple[str, ...]:
     """A module's name as the model has it, and as models that also see call it in their lists."""
-    inner = name.removeprefix("model.")
-    return name, f"language_model.{name}", f"model.language_model.{inner}"
+    outer = (f"model.language_model.{name.removeprefix('model.')}",) if name.startswith("model.") else ()
+    return name, f"language_model.{name}", *outer
 
 
 def is_listed(name: str, patterns: Iterable[str]) -> bool:

@@ -32,6 +32,20 @@ class Method:
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "awq": Method("awq", "AWQ", "4 bits, gemm, any zero point", "WNA16", ("awq_marlin",)),
+        "gptq": Method("gptq", "GPTQ", "2, 3, 4, 8 bits, any zero, act-order", "WNA16", ("gptq_marlin",)),
+        "bitsandbytes": Method("bitsandbytes", "bitsandbytes", "NF4, FP4, double quant; int8", "WNA16"),
+        "mxfp4": Method("mxfp4", "MXFP4", "4-bit floats in groups of 32", "WNA16"),
+        "gguf": Method("gguf", "GGUF", "Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0", "WNA16"),
+        "compressed-tensors": Method(
+            "compressed_tensors",
+            "compressed-tensors",
+            "2 to 8 bits with any activation order, INT8 with 8-bit activations, FP8, MXFP4, MXFP8, mixtures",
+            "WNA16, W8A8, FP8",
+        ),
+        "fp8": Method("fp8", "FP8", "e4m3 with scales for tensors, rows or blocks", "FP8", ("fbgemm_fp8",)),
+        "modelopt": Method(
+            "modelopt", "ModelOpt", "FP8, FP8_PER_CHANNEL_PER_TOKEN", "FP8", ("modelopt_fp4",)
+        ),
     }
 )
 _BY_NAME = {name: name for name in METHODS} | {

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,29 +136,35 @@ def _more_memory(config: EngineConfig) -> str:
     return "raise gpu_memory_utilization (on a GPU) or set kv_cache_memory_bytes, or free memory"
 
 
-def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, device: torch.device) -> tuple[KVCache, ...]:
+def allocate_kv_caches(
+    spec: KVCacheSpec,
+    num_blocks: int,
+    device: torch.device,
+    scales: Sequence[tuple[float, float]] | None = None,
+) -> tuple[KVCache, ...]:
     """Zeroed keys and values of each layer, [N, K, B, D], and their scales; ConfigError if the memory is not
     there.
 
-    Zeroed because what a masked score multiplies must not be NaN. A scale for the whole cache is 1.
+    Zeroed because what a masked score multiplies must not be NaN. scales: those of keys and values of each
+    layer where the whole cache has one; None is 1.
     """
     shape = (num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
     zeros = _cpu_zeros if device.type == "cpu" else torch.zeros
 
-    def scale() -> torch.Tensor | None:
+    def scale(value: float) -> torch.Tensor | None:
         if spec.scale_per_token:
             return zeros(shape[:3], dtype=_SCALE, device=device)
-        return torch.ones(1, dtype=_SCALE, device=device) if spec.dtype.itemsize == 1 else None
+        return torch.full((1,), value, dtype=_SCALE, device=device) if spec.dtype.itemsize == 1 else None
 
     try:
         return tuple(
             KVCache(
                 zeros(shape, dtype=spec.dtype, device=device),
                 zeros(shape, dtype=spec.dtype, device=device),
-                scale(),
-                scale(),
+                scale(k_scale),
+                scale(v_scale),
             )
-            for _ in range(spec.num_layers)
+            for k_scale, v_scale in scales or [(1.0, 1.0)] * spec.num_layers
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         size = num_blocks * spec.bytes_per_block

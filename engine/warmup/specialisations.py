@@ -17,11 +17,15 @@ from halimede.engine.layers.attention_gpu import (
     PagedRows,
     TritonAttention,
 )
+from halimede.engine.layers.embedding import Embedding
+from halimede.engine.layers.linear import Linear
+from halimede.engine.loader.quantized import find_quantized
 from halimede.engine.loader.weights import assign_parameters, parameter_dtype
 from halimede.engine.model_input import KVCache
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ModelConfig
 from halimede.engine.models.registry import build_model
+from halimede.engine.quant.forms.base import Placement, UnloadedForm
 from halimede.engine.runner.device_rows import DeviceRows
 from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
 from halimede.engine.runner.rows import RowLimits
@@ -61,17 +65,20 @@ def serving_specialisations(
 def _run_steps(
     config: EngineConfig, model_config: ModelConfig, settings: ExecutionSettings, target: Target
 ) -> None:
-    model = _model_on_meta(config, model_config, settings)
-    spec = KVCacheSpec.from_model(model.config, dtype=settings.kv_cache_dtype, block_size=config.block_size)
+    for quantized in _quantized_variants(model_config):
+        model = _model_on_meta(config, model_config, settings, quantized)
+        spec = KVCacheSpec.from_model(
+            model.config, dtype=settings.kv_cache_dtype, block_size=config.block_size
+        )
+        for kv_caches in _caches(spec, target):
+            for step in model_steps(
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+                settings.max_model_len,
+                tuned_sizes(target),
+            ):
+                model(step, kv_caches)
     hidden = torch.empty(2, model_config.hidden_size, dtype=settings.activations, device=_META)
-    for kv_caches in _caches(spec, target):
-        for step in model_steps(
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            settings.max_model_len,
-            tuned_sizes(target),
-        ):
-            model(step, kv_caches)
     limits = RowLimits(
         config.max_num_seqs, config.max_num_batched_tokens, settings.max_model_len, config.block_size
     )
@@ -91,8 +98,27 @@ def _caches(spec: KVCacheSpec, target: Target) -> Iterator[tuple[KVCache, ...]]:
         yield allocate_kv_caches(spec, -(-_LONG_STORAGE // block), _META)
 
 
-def _model_on_meta(engine_config: EngineConfig, config: ModelConfig, settings: ExecutionSettings) -> CausalLM:
+def _quantized_variants(config: ModelConfig) -> list[frozenset[str]]:
+    """Which modules are quantized, by the end of their names, in each kind of layer that the model has.
+
+    Only those matter in whose place a kernel runs when they are not quantized.
+    """
+    modules = find_quantized(build_model(config), config.quantization)
+    names = [module.path.rpartition(".")[2] for module in modules]
+    embedding = {"embed_tokens"} & set(names)
+    gates = names.count("gate_up_proj")
+    variants = [frozenset(embedding)] if gates < config.num_hidden_layers else []
+    return [*variants, frozenset(embedding | {"gate_up_proj"})] if gates else variants
+
+
+def _model_on_meta(
+    engine_config: EngineConfig, config: ModelConfig, settings: ExecutionSettings, quantized: frozenset[str]
+) -> CausalLM:
     model = build_model(_with_few_layers(config))
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in quantized and isinstance(module, Linear | Embedding):
+            shape = module.weight.shape[0], module.weight.shape[1]
+            module.take_form(UnloadedForm(shape, Placement(_META, settings.dtype)))
     assign_parameters(
         model,
         {

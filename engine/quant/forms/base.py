@@ -1,10 +1,13 @@
 """What every form can do; layers know no more of a quantized weight than this."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+_SETTINGS = (int, str, tuple)  # of a form, decided when it is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,16 @@ class WeightForm(nn.Module, ABC):
         self.out_features, self.in_features = shape
         self.device, self.dtype = placement.device, placement.dtype
 
+    def structure(self) -> Hashable:
+        """What forms that compute alike have in common: everything but the numbers in their tensors."""
+        found: list[Hashable] = []
+        for module in self.modules():
+            found.append(type(module).__name__)
+            found += [(name, value) for name, value in vars(module).items() if isinstance(value, _SETTINGS)]
+            for name, tensor in module._buffers.items():
+                found.append((name, None if tensor is None else (tensor.dtype, tuple(tensor.shape))))
+        return tuple(found)
+
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T: (M, K) -> (M, N), of x's type."""
@@ -32,7 +45,7 @@ class WeightForm(nn.Module, ABC):
         """Rows (T) int64 of W: (T, K) float32, for embeddings."""
 
     def _hold(self, name: str, tensor: torch.Tensor | None) -> None:
-        """Keep a tensor, on the device."""
+        """Keep a tensor, on the device; on a CPU it may be the tensor itself."""
         placed = None if tensor is None else tensor.to(self.device).contiguous()
         self.register_buffer(name, placed, persistent=False)
 

@@ -22,22 +22,16 @@ class W8A8(WeightForm):
         self._hold("scales", weight.scales.float())
         self._hold("static_scale", weight.static_scale)
         has_zeros = not weight.symmetric or weight.static_zero != 0
-        sums = weight.weight.int().sum(1).float() if has_zeros else None
-        self._hold("sums", sums)
+        self._hold("sums", weight.weight.sum(1, dtype=torch.int32) if has_zeros else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See WeightForm."""
         if self.static_scale is not None:
             codes = quantize_static(x, self.static_scale, self._static_zero)
-            y = int8_product(codes, self.codes).float()
-            if self.sums is not None:
-                y -= self._static_zero * self.sums
+            y = int8_product(codes, self.codes, self._static_zero, self.sums)
             return y.mul_(self.static_scale * self.scales).to(x.dtype)
         codes, scales, zeros = quantize_tokens(x, symmetric=self._symmetric)
-        y = int8_product(codes, self.codes).float()
-        if self.sums is not None:
-            y -= zeros * self.sums
-        return y.mul_(scales).mul_(self.scales).to(x.dtype)
+        return int8_product(codes, self.codes, zeros, self.sums).mul_(scales).mul_(self.scales).to(x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See WeightForm."""

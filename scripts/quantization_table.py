@@ -1,0 +1,64 @@
+"""Writes the README's table of quantized checkpoints from the registry of methods.
+
+python scripts/quantization_table.py            # writes it
+python scripts/quantization_table.py --check    # 1 if the README has another
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from halimede.engine.quant.online_names import ONLINE_METHODS
+from halimede.engine.quant.registry import METHODS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN = "<!-- quantization: made by scripts/quantization_table.py -->\n"
+END = "<!-- /quantization -->"
+
+CPU: Mapping[str, str] = {
+    "WNA16": "packed 4-bit products, or in pieces",
+    "W8A8": "int8 products",
+    "FP8": "widened in pieces",
+}
+GPU = "torch, in pieces (Triton kernels to come)"
+ONLINE: Mapping[str, tuple[str, str]] = {
+    "int4": ("4 bits in groups of 128 or fewer columns, with zero points or without", "WNA16"),
+    "int8": ("a scale for each row; activations of 8 bits, a scale for each token", "W8A8"),
+    "fp8": ("e4m3, a scale for each row", "FP8"),
+}
+
+
+def table() -> str:
+    """A row for each format of a checkpoint, then one for each that plain ones are quantized to."""
+    lines = ["| checkpoint format | read | runs as | CPU | GPU |", "| --- | --- | --- | --- | --- |"]
+    rows = [(method.title, method.weights, method.form) for method in METHODS.values()]
+    rows += [(f"plain, `quantization={name!r}`".replace("'", '"'), *ONLINE[name]) for name in ONLINE_METHODS]
+    for title, weights, form in rows:
+        cpu = "; ".join(CPU[each.strip()] for each in form.split(","))
+        lines.append(f"| {title} | {weights} | {form} | {cpu} | {GPU} |")
+    return "\n".join(lines) + "\n"
+
+
+def updated(text: str) -> str:
+    """The README's text with the table of now."""
+    before, rest = text.split(BEGIN)
+    _old, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def main() -> int:
+    """Write, or with --check compare; the exit status."""
+    text = README.read_text()
+    new = updated(text)
+    if sys.argv[1:] == ["--check"]:
+        if new != text:
+            print(
+                "the README's table is not up to date; run python scripts/quantization_table.py"
+            )
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
