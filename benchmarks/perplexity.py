@@ -3,8 +3,8 @@
     python benchmarks/perplexity.py                     # SmolLM2-135M, from the GGUF of `make model`
     python benchmarks/perplexity.py --model DIR         # another plain checkpoint
 
-The text is cut into windows; in each, every token but the first is predicted from those before it. It is short:
-compare forms of one model with each other, not with what others publish. The GGUF's own weights have
+The text is cut into windows; in each, every token but the first is predicted from those before it. It is
+short: compare forms of one model with each other, not with what others publish. The GGUF's own weights have
 4 bits in groups of 32, which its copy in bfloat16 still shows: int4 does better on them than on others.
 """
 

@@ -75,6 +75,7 @@ def quantize_checkpoint(
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         part.chmod(0o755)  # mkdtemp's is the user's alone
+        _write_others(files, part)  # first: a tokenizer that cannot be written is told at once
         writer = _Writer(part, shard_bytes)
         with open_weights(files) as source:
             job = _plan(config, scheme, source)
@@ -87,7 +88,6 @@ def quantize_checkpoint(
                     bar.update()
         writer.finish()
         _write_json(part / "config.json", {**files.config, "quantization_config": job.config})
-        _write_others(files, part)
         _put_in_place(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -52,9 +52,7 @@ def main() -> int:
     new = updated(text)
     if sys.argv[1:] == ["--check"]:
         if new != text:
-            print(
-                "the README's table is not up to date; run python scripts/quantization_table.py"
-            )
+            print("the README's table is not up to date; run python scripts/quantization_table.py")
         return int(new != text)
     README.write_text(new)
     return 0

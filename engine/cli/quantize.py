@@ -32,7 +32,11 @@ def quantize(
     ] = None,
     symmetric: Annotated[
         bool | None,
-        typer.Option("--symmetric/--no-symmetric", help="int4 without zero points; default: with them."),
+        typer.Option(
+            "--symmetric/--no-symmetric",
+            help="int4 without zero points: less accurate, but transformers 5.24 can load no others. "
+            "Default: with them.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint that is in the directory.")

@@ -73,8 +73,9 @@ class Int4Online:
 def _range(x: torch.Tensor, *, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros [R, G, 1] float32 that cover each group of x [R, G, S], and 0.
 
-    Cutting the ends off for a smaller squared error was tried: with groups of 128 it gains a thousandth of
-    perplexity and takes as long again for each range that is tried.
+    Ends are not cut off for a smaller squared error. The best of five ranges takes nine times as long as this
+    one (3.3 s of a CPU for SmolLM2-135M, which loads in 1.2 s) and changes perplexity by -0.1 % with groups
+    of 128, by -4 % with groups of 32.
     """
     low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)
     if symmetric:

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from halimede import ConfigError, EngineConfig, UnsupportedQuantizationError
+from halimede import ConfigError, EngineConfig
 from halimede.engine.vllm_options import drop_vllm_options
 
 
@@ -45,11 +45,6 @@ def test_bad_values_say_the_fact_the_value_and_the_remedy(options: dict, words: 
     with pytest.raises(ConfigError) as caught:
         EngineConfig(**{"model": "m", **options})
     assert all(word in str(caught.value) for word in words)
-
-
-def test_quantization_is_refused_with_its_own_error() -> None:
-    with pytest.raises(UnsupportedQuantizationError, match="awq"):
-        EngineConfig(model="m", quantization="awq")
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,12 @@ def test_an_activation_that_is_not_supported() -> None:
 
 @pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
 def test_a_quantized_checkpoint(name: str) -> None:
-    with pytest.raises(UnsupportedQuantizationError, match="quantized with 'gptq'"):
-        _read(**{name: {"quant_method": "gptq", "bits": 4}})
-    assert _read(**{name: None}).architecture == "LlamaForCausalLM"
+    with pytest.raises(UnsupportedQuantizationError, match=r"quantized with 'hqq'.*supported: awq, "):
+        _read(**{name: {"quant_method": "hqq", "bits": 4}})
+    scheme = _read(**{name: {"quant_method": "gptq", "bits": 4, "group_size": 128}}).quantization
+    assert scheme is not None
+    assert scheme.method == "gptq"
+    assert _read(**{name: None}).quantization is None
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,13 @@ class JoinedForm(WeightForm):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See WeightForm."""
-        whole = torch.cat([part.rows(torch.arange(part.out_features)) for part in self._parts])
-        return whole[ids]
+        found = torch.empty(len(ids), self.in_features, dtype=torch.float32, device=ids.device)
+        first = 0
+        for part in self._parts:
+            inside = ((ids >= first) & (ids < first + part.out_features)).nonzero().squeeze(1)
+            found[inside] = part.rows(ids[inside] - first)
+            first += part.out_features
+        return found
 
 
 def make_form(weights: Sequence[CanonicalWeight], placement: Placement) -> WeightForm:
