@@ -38,6 +38,7 @@ def write_directory(source: Path, directory: Path) -> Path:
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     tokens = {name: value for name, value in tokens.items() if value is not None}
     config = {**files.config, **tokens, "dtype": "bfloat16"}
+    config.pop("quantization_config", None)  # the GGUF's, whose weights are dequantized here
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", tokens)

@@ -26,6 +26,7 @@ from halimede.kernels.norm import FEW_ROWS
 from halimede.kernels.recordable import recordable
 
 _MOST_ROWS = 32  # of x, for which codes are multiplied as they are
+_FEW_SUMS = 128  # rows of x up to which offsets are a product of their own
 _GROUP_SIZES = (256, 128, 64, 32)
 _BLOCKS = (64, 32, 16)  # rows of W that torch packs together, on CPUs of different kinds
 _ALIGNMENT = 64  # rows of W are filled up to a multiple: torch packs the rest in another way
@@ -205,19 +206,22 @@ def _unpacked_product(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     assert block is not None, "a weight was packed"
     count = -(-rows // block)
     y = x.new_empty(x.shape[0], count * block)
-    sums = None
-    if weight.has_offsets:
-        sums = x.float().view(x.shape[0], -1, weight.group_size).sum(-1)
+    # Offsets are a product of their own with sums of x, or, where x has many rows, a pass over the weight.
+    few = x.shape[0] <= _FEW_SUMS
+    sums = x.float().view(x.shape[0], -1, weight.group_size).sum(-1) if few and weight.has_offsets else None
     step = max(1, _UNPACKED_ELEMENTS // (columns * block))
     for first in range(0, count, step):
         last = min(count, first + step)
-        of_groups, offsets = _scales_and_offsets(weight, first * block, last * block)
-        piece = _unpack_blocks(weight, first, last, of_groups.to(x.dtype))
+        scales, offsets = _scales_and_offsets(weight, first * block, last * block)
+        piece = _unpack_blocks(weight, first, last, scales.to(x.dtype))
         part = y[:, first * block : last * block]
-        if sums is None:
-            torch.mm(x, piece, out=part)
-        else:
+        if sums is not None:
             torch.addmm((sums @ offsets).to(x.dtype), x, piece, out=part)
+            continue
+        if weight.has_offsets:
+            groups = piece.view(len(offsets), -1, piece.shape[1])
+            groups += offsets.to(x.dtype)[:, None]
+        torch.mm(x, piece, out=part)
     return y if y.shape[1] == rows else y[:, :rows]
 
 

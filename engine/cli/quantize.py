@@ -31,13 +31,13 @@ def quantize(
         ),
     ] = None,
     symmetric: Annotated[
-        bool | None,
+        bool,
         typer.Option(
             "--symmetric/--no-symmetric",
-            help="int4 without zero points: less accurate, but transformers 5.24 can load no others. "
-            "Default: with them.",
+            help="int4 without zero points, which all engines read. With them it is more accurate, but "
+            "transformers (5.24) does not load it.",
         ),
-    ] = None,
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint that is in the directory.")
     ] = False,
@@ -55,7 +55,7 @@ def quantize(
     from halimede.engine.quant.online import online_scheme
     from halimede.engine.quantize_checkpoint import quantize_checkpoint
 
-    scheme = online_scheme(to, group_size=group_size, symmetric=symmetric)
+    scheme = online_scheme(to, group_size=group_size, symmetric=symmetric if to == "int4" else None)
     files = resolve_model(model, revision=revision, token=hf_token, download_dir=download_dir)
     done = quantize_checkpoint(files, scheme, output, overwrite=overwrite, progress=sys.stderr.isatty())
     ratio = done.bytes_before / max(done.bytes_after, 1)

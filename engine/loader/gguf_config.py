@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from halimede.engine.loader.gguf_file import GgufFile, need_for_all_layers, open_gguf_shards
 from halimede.engine.loader.gguf_names import hf_names
-from halimede.engine.quant.gguf import TYPES
+from halimede.engine.quant.gguf_types import KEPT_TYPES
 from halimede.errors import ModelLoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _quantized_modules(meta: GgufFile, arch: str, tensors: "dict[str, ReaderTens
     return {
         names[name].removesuffix(".weight"): tensor.tensor_type.name
         for name, tensor in tensors.items()
-        if name in names and name.endswith(".weight") and tensor.tensor_type.name in TYPES
+        if name in names and name.endswith(".weight") and tensor.tensor_type.name in KEPT_TYPES
     }
 
 

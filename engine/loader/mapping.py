@@ -46,19 +46,42 @@ def plan_loading(model: nn.Module, names: Collection[str], quantized: Sequence[Q
     """
     replaced = replaced_weights(model, quantized)
     expected = _expected(model, replaced)
-    of_parts = {
-        name: (part.name, suffix, needed)
+    needed = {
+        name: is_needed
         for module in quantized
         for part in module.parts
-        for suffix, name, needed in part.tensor_names()
+        for _, name, is_needed in part.tensor_names()
     }
-    known = expected.keys() | of_parts.keys()
+    known = expected.keys() | needed.keys()
     renamed = _renamed(names, known)
     checkpoint_names = {model_name: name for name, model_name in renamed.items()}
-    parts: dict[str, dict[str, str]] = {part.name: {} for module in quantized for part in module.parts}
-    for name, (part_name, suffix, _needed) in of_parts.items():
-        if name in checkpoint_names:
-            parts[part_name][suffix] = checkpoint_names[name]
+    chosen, missing = _choose_sources(expected, checkpoint_names)
+    missing += [name for name, is_needed in needed.items() if is_needed and name not in checkpoint_names]
+    biases = {f"{part.name}.bias" for module in quantized for part in module.parts}
+    left = {model_name: name for name, model_name in renamed.items() if model_name not in known}
+    kv_scales = {
+        model_name: name for model_name, name in left.items() if quantized and is_kv_scale(model_name)
+    }
+    taken = replaced | biases | kv_scales.keys()
+    ignored: Sequence[str] = getattr(model, "ignored_weights", ())
+    return Plan(
+        slices={name: chosen[name] for name in names if name in chosen},
+        parts=_locate_parts(quantized, checkpoint_names),
+        kv_scales=kv_scales,
+        zero_biases=tuple(name for model_name, name in left.items() if model_name in biases),
+        missing=tuple(missing),
+        unexpected=tuple(
+            name
+            for model_name, name in left.items()
+            if model_name not in taken and not any(re.search(pattern, model_name) for pattern in ignored)
+        ),
+    )
+
+
+def _choose_sources(
+    expected: Mapping[str, Slice], checkpoint_names: Mapping[str, str]
+) -> tuple[dict[str, Slice], list[str]]:
+    """What fills each slice, by the checkpoint's name, and the model's names of those that nothing fills."""
     sources: dict[Slice, str | None] = {}
     first_names: dict[Slice, str] = {}
     for model_name, part in expected.items():
@@ -66,30 +89,22 @@ def plan_loading(model: nn.Module, names: Collection[str], quantized: Sequence[Q
         if sources.get(part) is None:
             sources[part] = checkpoint_names.get(model_name)
     chosen = {name: part for part, name in sources.items() if name is not None}
-    left = {name: model_name for name, model_name in renamed.items() if model_name not in known}
-    kv_scales = {
-        model_name: name for name, model_name in left.items() if quantized and is_kv_scale(model_name)
+    return chosen, [first_names[part] for part, name in sources.items() if name is None]
+
+
+def _locate_parts(
+    quantized: Sequence[QuantizedModule], checkpoint_names: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Of each part the checkpoint's names of the tensors that are there, by suffix."""
+    return {
+        part.name: {
+            suffix: checkpoint_names[name]
+            for suffix, name, _ in part.tensor_names()
+            if name in checkpoint_names
+        }
+        for module in quantized
+        for part in module.parts
     }
-    biases = {f"{part}.bias" for part in parts}
-    zero_biases = tuple(name for name, model_name in left.items() if model_name in biases)
-    missing = [first_names[part] for part, name in sources.items() if name is None]
-    missing += [name for name, (_, _, needed) in of_parts.items() if needed and name not in checkpoint_names]
-    ignored: Sequence[str] = getattr(model, "ignored_weights", ())
-    return Plan(
-        slices={name: chosen[name] for name in names if name in chosen},
-        parts=parts,
-        kv_scales=kv_scales,
-        zero_biases=zero_biases,
-        missing=tuple(missing),
-        unexpected=tuple(
-            name
-            for name, model_name in left.items()
-            if model_name not in replaced
-            and model_name not in kv_scales
-            and model_name not in biases
-            and not any(re.search(pattern, model_name) for pattern in ignored)
-        ),
-    )
 
 
 def _expected(model: nn.Module, replaced: Collection[str]) -> dict[str, Slice]:

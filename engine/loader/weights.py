@@ -92,14 +92,12 @@ def load_weights(
     and while reading, when another has the wrong shape. UnsupportedQuantizationError when one is not of a
     floating type.
     """
-    to = Placement(device, dtype)
     modules = find_quantized(model, quantization)
     plan = plan_loading(model, source.names(), modules)
     _check_complete(model, plan, source)
-    stored = {part.name: _stored(part, plan, source) for module in modules for part in module.parts}
     for module in modules:
         for part in module.parts:
-            part.format.check(stored[part.name])
+            part.format.check(_stored(part, plan, source))
     _check_zero(plan.zero_biases, source)
     take_kv_scales(model, plan.kv_scales, source.get, source.where)
     parameters = dict(model.named_parameters())
@@ -114,8 +112,8 @@ def load_weights(
             memory = WeightMemory(device)
             filled = _fill(model, parameters, plan, source, dtype, memory, bar)
             for module in modules:
-                weights = [part.format.convert(stored[part.name]) for part in module.parts]
-                put_form(model, module, weights, to, memory)
+                weights = [part.format.convert(_stored(part, plan, source)) for part in module.parts]
+                put_form(model, module, weights, Placement(device, dtype), memory)
                 bar.update(sum(len(plan.parts[part.name]) for part in module.parts))
     except torch.OutOfMemoryError as error:
         raise out_of_memory(parameters, dtype, device) from error

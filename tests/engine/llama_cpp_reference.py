@@ -103,6 +103,15 @@ class LlamaCpp:
         entries = result["choices"][0]["logprobs"]["content"]
         return [entry["id"] for entry in entries], [entry["logprob"] for entry in entries]
 
+    def next_tokens(self, token_ids: list[int]) -> list[int]:
+        """The most probable token after each beginning of token_ids, which are read one by one."""
+        found = []
+        for end in range(1, len(token_ids) + 1):
+            request = {"prompt": token_ids[:end], "max_tokens": 1, "temperature": 0, "logprobs": 1}
+            result = self._server.handle_completions({**request, "ignore_eos": False, "cache_prompt": True})
+            found.append(int(result["choices"][0]["logprobs"]["content"][0]["id"]))
+        return found
+
 
 def make_reference(llama_cpp: LlamaCpp, new_tokens: int = NEW_TOKENS) -> list[dict[str, Any]]:
     """For each of PROMPTS its token ids, and the tokens and log-probabilities that follow."""

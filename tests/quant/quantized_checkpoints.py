@@ -19,6 +19,7 @@ from tiny_models import load_model, read_config, run_model, write_tiny_checkpoin
 from tolerances import QUANTIZED_BFLOAT16, QUANTIZED_LOGITS
 
 from halimede import LLM, SamplingParams
+from halimede.engine.loader.mapping import plan_loading
 from halimede.engine.loader.quantized import find_quantized
 from halimede.engine.loader.safetensors import SafetensorsWeights
 from halimede.engine.models.registry import build_model
@@ -104,16 +105,17 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int)
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What our formats make of every quantized module of a checkpoint: by its name, [N, K] float32."""
     config = read_config(folder)
-    modules = find_quantized(build_model(config), config.quantization)
+    model = build_model(config)
+    modules = find_quantized(model, config.quantization)
     with SafetensorsWeights(sorted(folder.glob("*.safetensors"))) as source:
-        names = set(source.names())
+        names = plan_loading(model, source.names(), modules).parts
         return {
             part.name: part.format.convert(
                 StoredModule(
                     part.name,
                     part.rows,
                     part.columns,
-                    {suffix: name for suffix, name, _ in part.tensor_names() if name in names},
+                    names[part.name],
                     source.get,
                     source.where,
                 )

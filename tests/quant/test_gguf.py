@@ -22,6 +22,7 @@ from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ModelConfig
 from halimede.engine.models.registry import build_model
 from halimede.engine.quant.gguf import TYPES, GgufFormat
+from halimede.engine.quant.gguf_types import KEPT_TYPES
 from halimede.engine.quant.stored import StoredModule
 
 HALVES = {
@@ -69,6 +70,10 @@ def test_a_block_is_what_gguf_says(type: str) -> None:
     weight = GgufFormat(type).convert(stored(type, raw, 512))
     assert torch.equal(weight.dequantize(), expected)
     assert int(weight.codes.max()) < 1 << weight.bits
+
+
+def test_the_types_that_are_kept_are_those_that_can_be_read() -> None:
+    assert set(KEPT_TYPES) == set(TYPES)
 
 
 def test_scales_that_are_not_finite_are_refused() -> None:
