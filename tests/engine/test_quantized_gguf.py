@@ -47,16 +47,31 @@ def test_perplexity_is_that_of_the_dequantized_weights() -> None:
 
 @pytest.mark.parametrize("name", [SMOLLM2, GEMMA3])
 def test_next_tokens_are_those_of_llama_cpp(name: str) -> None:
-    """After each of 256 beginnings of a text. llama.cpp rounds activations to 8 bits, we do not."""
+    """After each of 256 beginnings of a text. llama.cpp rounds activations to 8 bits, we do not.
+
+    A bfloat16 model, kept quantized or not, is itself 2 to 3 percent off its float32 twin.
+    """
     pytest.importorskip("xllamacpp", reason="llama.cpp (the extra [llamacpp]) is not installed")
-    with open_llm(name, "bfloat16", 512) as llm:
+    ids, ours = next_tokens(name, "float32")
+    theirs = LlamaCpp(MODELS / name).next_tokens(ids[:-1])
+    assert len(theirs) == POSITIONS
+    assert agreement(ours, theirs) >= 0.95
+    _, rounded = next_tokens(name, "bfloat16")
+    assert agreement(rounded, ours) >= 0.95
+    assert agreement(rounded, theirs) >= 0.93
+
+
+def next_tokens(name: str, dtype: str) -> tuple[list[int], list[int]]:
+    """The text's tokens, and the most probable one after each beginning."""
+    with open_llm(name, dtype, 512) as llm:
         ids = llm.get_tokenizer().encode(TEXT.read_text())[: POSITIONS + 1]
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         [output] = llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)
-    assert output.prompt_logprobs is not None
-    ours = [
-        max(at, key=lambda token: at[token].logprob) for at in output.prompt_logprobs[1:] if at is not None
+    found = [
+        max(at, key=lambda token: at[token].logprob) for at in output.prompt_logprobs or () if at is not None
     ]
-    theirs = LlamaCpp(MODELS / name).next_tokens(ids[:-1])
-    assert len(ours) == len(theirs) == POSITIONS
-    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 0.95 * POSITIONS
+    return ids, found
+
+
+def agreement(ours: list[int], theirs: list[int]) -> float:
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(theirs)

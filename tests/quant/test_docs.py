@@ -35,5 +35,5 @@ def test_a_format_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.M
     methods = eval(f"{{{line}}}", {"Method": Method})
     monkeypatch.setattr(registry, "METHODS", {**METHODS, **methods})
     monkeypatch.setattr(registry, "_BY_NAME", dict.fromkeys(methods, "tiny4"))
-    config = {"quant_method": "tiny4", "modules_to_not_convert": ["v_proj"]}
+    config = {"quant_method": "tiny4", "modules_to_not_convert": ["v_proj", "lm_head"]}
     check_quantized(write_quantized(tmp_path, config, Tiny4(), shards=2))

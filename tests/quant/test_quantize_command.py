@@ -138,7 +138,7 @@ def test_modules_of_other_groups_have_groups_of_their_own(tmp_path: Path, run: R
     groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]
     sizes = {tuple(group["targets"]): group["weights"]["group_size"] for group in groups.values()}
     assert sizes[(r"re:.*\.down_proj$",)] == 128
-    expected = expected_weights(model, online_scheme("int4"))
+    expected = expected_weights(model, online_scheme("int4", symmetric=True))
     assert all(torch.equal(weight, expected[name]) for name, weight in read_weights(tmp_path / "out").items())
 
 
@@ -156,7 +156,7 @@ def test_shards_with_an_index(plain: Path, tmp_path: Path, run: Run, monkeypatch
 def test_torch_files(tmp_path: Path, run: Run, plain: Path) -> None:
     other = write_tiny_checkpoint(tmp_path / "bin", format="bin", **SMALL)  # type: ignore[arg-type]
     run(other, "--to", "int4", "-o", tmp_path / "out")
-    expected = expected_weights(plain, online_scheme("int4"))
+    expected = expected_weights(plain, online_scheme("int4", symmetric=True))
     assert all(torch.equal(weight, expected[name]) for name, weight in read_weights(tmp_path / "out").items())
 
 
