@@ -179,14 +179,18 @@ def product_of_many(
 
 
 def _packed_product(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
-    """By torch's product of codes."""
-    narrow = _spread(x.to(torch.bfloat16).contiguous(), weight.planes)
+    """By torch's product of codes. What changes nothing is not called: a recording would call it each time."""
+    dtype = x.dtype
+    if dtype != torch.bfloat16:
+        x = x.to(torch.bfloat16)
+    if x.shape[0] > 1:  # a single row is
+        x = x.contiguous()
     y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        narrow, weight.packed, weight.group_size, weight.scales
+        _spread(x, weight.planes), weight.packed, weight.group_size, weight.scales
     )
-    if y.shape[1] != weight.shape[0]:
+    if weight.packed.shape[0] != weight.shape[0]:
         y = y[:, : weight.shape[0]]
-    return y.to(x.dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _spread(x: torch.Tensor, planes: str) -> torch.Tensor:

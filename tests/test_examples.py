@@ -53,8 +53,15 @@ def test_chat(smollm2_gguf: Path) -> None:
 def test_batch(smollm2_gguf: Path) -> None:
     *answers, last = run(["examples/batch.py", str(smollm2_gguf)]).strip().splitlines()
     assert sorted(a.split(" -> ")[0] for a in answers) == ["Egypt", "France", "Japan"]
-    assert "Paris" in next(a for a in answers if a.startswith("France"))
+    # Of these the answer that rounding does not change: Paris is a close second to a description of it.
+    assert "Tokyo" in next(a for a in answers if a.startswith("Japan"))
     assert last.startswith("3 requests, ")
+
+
+def test_quantized(tiny: Path) -> None:
+    plain, int4 = run(["examples/quantized.py", str(tiny)]).strip().splitlines()
+    assert re.match(r"plain \(\d+ MiB\): ", plain)
+    assert re.match(r"int4 \(\d+ MiB\): ", int4)
 
 
 def test_readme(tiny: Path) -> None:

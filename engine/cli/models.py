@@ -29,6 +29,8 @@ class Supported:
     architectures: tuple[Architecture, ...]
     weight_formats: tuple[str, ...]
     gguf_types: tuple[str, ...]
+    quantization: tuple[str, ...]
+    online_quantization: tuple[str, ...]
     rope_types: tuple[str, ...]
     dtypes: tuple[str, ...]
 
@@ -38,7 +40,8 @@ def models(
 ) -> None:
     """List what is supported.
 
-    Architectures with their families, weight formats, types of GGUF tensors, rope types, data types.
+    Architectures with their families, weight formats, types of GGUF tensors, quantization methods, rope
+    types, data types.
     """
     supported = list_supported()
     if as_json:
@@ -55,6 +58,8 @@ def list_supported() -> Supported:
     from halimede.engine.layers.rope_config import RopeType
     from halimede.engine.loader.model_files import CheckpointFormat
     from halimede.engine.models.registry import SUPPORTED_ARCHITECTURES
+    from halimede.engine.quant.online_names import ONLINE_METHODS
+    from halimede.engine.quant.registry import METHODS
 
     architectures = tuple(
         Architecture(name, _families(path), _gguf_names(name))
@@ -66,6 +71,8 @@ def list_supported() -> Supported:
             name for name in get_args(CheckpointFormat) if name != "dummy"
         ),  # no file's format
         gguf_types=_gguf_types(),
+        quantization=tuple(name for name in METHODS if name != "gguf"),  # whose types are listed
+        online_quantization=ONLINE_METHODS,
         rope_types=get_args(RopeType),
         dtypes=tuple(name for name in get_args(DType) if name != "auto"),
     )
@@ -109,6 +116,8 @@ def _other_rows(supported: Supported) -> list[tuple[str, str]]:
     return [
         ("weight formats", ", ".join(supported.weight_formats)),
         ("GGUF types", ", ".join(supported.gguf_types)),
+        ("quantization", ", ".join(supported.quantization)),
+        ("while loading", ", ".join(supported.online_quantization)),
         ("rope types", ", ".join(supported.rope_types)),
         ("data types", ", ".join(supported.dtypes)),
     ]

@@ -130,7 +130,7 @@ def _load(files: ModelFiles, config: ModelConfig, settings: ExecutionSettings, b
     model = build_model(config)
     device, dtype = settings.device, settings.dtype
     if files.format == "dummy":
-        fill_with_random_weights(model, device=device, dtype=dtype)
+        fill_with_random_weights(model, device=device, dtype=dtype, quantization=config.quantization)
     else:
         with open_weights(files, config.quantization) as source:
             load_weights(
@@ -143,10 +143,12 @@ def _load(files: ModelFiles, config: ModelConfig, settings: ExecutionSettings, b
             )
     _prepare(model, settings, backend)
     computed = settings.activations
+    scheme = config.quantization
     logger.info(
-        "loaded %s (%s) in %s%s on %s in %.1f s",
+        "loaded %s (%s%s) in %s%s on %s in %.1f s",
         files.reference,
         config.architecture,
+        "" if scheme is None else f", quantized: {scheme.method}",
         str(dtype).removeprefix("torch."),
         "" if computed == dtype else f" (computing in {str(computed).removeprefix('torch.')})",
         device,

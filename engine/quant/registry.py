@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from halimede.engine.config_fields import ConfigFields
-from halimede.engine.quant.scheme import QuantScheme
 from halimede.errors import UnsupportedQuantizationError
+
+if TYPE_CHECKING:  # what is supported can be listed without torch
+    from halimede.engine.quant.scheme import QuantScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def method_name(name: str) -> str | None:
     return _BY_NAME.get(name.lower().replace("_", "-"), _BY_NAME.get(name.lower().replace("-", "_")))
 
 
-def read_scheme(config: ConfigFields) -> QuantScheme | None:
+def read_scheme(config: ConfigFields) -> "QuantScheme | None":
     """How a checkpoint's weights are quantized; None where they are not.
 
     config: of its config.json. Raises UnsupportedQuantizationError for a method or a variant of one that is

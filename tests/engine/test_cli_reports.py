@@ -34,6 +34,8 @@ def test_models_lists_what_the_registries_have(capsys: pytest.CaptureFixture[str
     assert by_name["LlamaForCausalLM"]["gguf"] == ["llama"]
     assert {"Q4_0", "Q4_K", "Q8_0", "F16", "BF16"} <= set(listed["gguf_types"])
     assert "I32" not in listed["gguf_types"]
+    assert {"awq", "gptq", "compressed-tensors"} <= set(listed["quantization"])
+    assert listed["online_quantization"] == ["int4", "int8", "fp8"]
     assert tuple(listed["rope_types"]) == get_args(RopeType)
     assert run("models") == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]

@@ -1,6 +1,8 @@
 """The real GGUFs kept quantized: against their dequantized weights and against llama.cpp."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +45,27 @@ def test_perplexity_is_that_of_the_dequantized_weights() -> None:
             ids = llm.get_tokenizer().encode(TEXT.read_text(), add_special_tokens=False)
             found[dtype] = perplexity(llm, [ids[i : i + 512] for i in (0, 512, 1024)])
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
+
+
+_RESIDENT = """
+import sys
+from pathlib import Path
+from halimede import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], max_model_len=512, kv_cache_memory_bytes=64 << 20)
+llm.generate("The capital of France is", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+status = Path("/proc/self/status").read_text()
+print(int(status.split("VmRSS:")[1].split()[0]) // 1024)
+"""
+
+
+def test_resident_memory_is_that_of_the_file() -> None:
+    """1.3 times its size, the KV cache, and 250 MiB of libraries."""
+    command = [sys.executable, "-c", _RESIDENT, str(MODELS / SMOLLM2)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    size = (MODELS / SMOLLM2).stat().st_size / (1 << 20)
+    assert int(result.stdout) < 1.3 * size + 64 + 250
 
 
 @pytest.mark.parametrize("name", [SMOLLM2, GEMMA3])

@@ -101,7 +101,7 @@ def nothing_computed(target: Target, on_launch: Callable[[Launch], None]) -> Ite
             given["out_ptr"].zero_()
 
     def product(self: Linear, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(x.shape[0], self.weight.shape[0])
+        return x.new_zeros(x.shape[0], self.out_features)
 
     before = Linear.forward, Linear.prepare, settings_module.resolve_activation_dtype
     is_for_gated_matmul = mlp.is_for_gated_matmul

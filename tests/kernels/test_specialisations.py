@@ -103,6 +103,19 @@ def test_every_model_and_type(model: str, target: str, settings: dict[str, Any],
     check(warmed, used, f"{model} {target} {settings}")
 
 
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
+
+@pytest.mark.parametrize("dynamic", [{}, {r"-:.*layers\.0\.": {}}])
+def test_quantized_layers(dynamic: dict[str, Any], tmp_path: Path) -> None:
+    """Where gate and up are quantized, their activation is a kernel of its own for few rows too."""
+    folder = write_model(tmp_path, "llama", quantization_config={**_GPTQ, "dynamic": dynamic})
+    warmed = warmed_for(folder, "sm_90")
+    check(warmed, used_by(folder, "sm_90", (1, 17)), f"gptq {dynamic}")
+    names = {one.kernel.__name__ for one in warmed.values()}
+    assert ("_gated_matmul_kernel" in names) == bool(dynamic)
+
+
 def test_caches_that_are_longer_than_32_bits_reach_have_kernels_of_their_own(tmp_path: Path) -> None:
     """On AMD GPUs; which it will be hangs on the memory of the GPU."""
     folder = write_model(tmp_path, "gemma3")
