@@ -2,8 +2,8 @@
 
 python examples/quantized.py [MODEL]
 
-MODEL is a plain checkpoint: a directory or a Hugging Face id. Without one, the chat model that `make model` fetches
-is dequantized first (its own 4-bit weights would be kept as they are).
+MODEL is a plain checkpoint: a directory or a Hugging Face id. Without one, the chat model that `make model`
+fetches is dequantized first (its own 4-bit weights would be kept as they are).
 
 From a shell: halimede quantize MODEL --to int4 -o DIR, then halimede generate DIR "..."
 Without writing anything: LLM(MODEL, quantization="int4"), or "int8", or "fp8".

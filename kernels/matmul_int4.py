@@ -9,7 +9,7 @@ more bits are two planes of 4, side by side along K, and x is there twice:
     groups of 16:           u - zero = 16 h + l with h, l in -8..7; 16 low and 16 high codes are one group of
                             32, and the high ones are multiplied with 16 x
 
-The 4-bit product is bound by its instructions from a few rows on. Steps of more than 32 unpack the weight a
+The 4-bit product is bound by its instructions from a few rows on. Steps of more than 64 unpack the weight a
 piece at a time, into x's type, and multiply with that. Unpacking needs to know torch's layout, which hangs on
 the CPU: it is found by packing codes whose places are known.
 
@@ -25,7 +25,7 @@ import torch
 from halimede.kernels.norm import FEW_ROWS
 from halimede.kernels.recordable import recordable
 
-_MOST_ROWS = 32  # of x, for which codes are multiplied as they are
+_MOST_ROWS = 64  # of x, for which codes are multiplied as they are
 _FEW_SUMS = 128  # rows of x up to which offsets are a product of their own
 _GROUP_SIZES = (256, 128, 64, 32)
 _BLOCKS = (64, 32, 16)  # rows of W that torch packs together, on CPUs of different kinds
@@ -153,7 +153,7 @@ def block_size() -> int | None:
 
 
 def int4_product(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
-    """(M, K) -> (M, N), of x's type. Up to 32 rows of x are rounded to bfloat16."""
+    """(M, K) -> (M, N), of x's type. Up to 64 rows of x are rounded to bfloat16."""
     if x.shape[0] <= FEW_ROWS:
         return _packed_product(x, weight)
     product = recordable(product_of_many, _SIGNATURE) if torch._C._is_tracing() else product_of_many
@@ -179,7 +179,7 @@ def product_of_many(
 
 
 def _packed_product(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
-    """By torch's product of codes. What changes nothing is not called: a recording would call it each time."""
+    """By torch's product of codes. What changes nothing is not called, or recordings would call it too."""
     dtype = x.dtype
     if dtype != torch.bfloat16:
         x = x.to(torch.bfloat16)

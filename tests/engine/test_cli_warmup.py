@@ -267,6 +267,7 @@ CHANGED: dict[str, Any] = {
     "download_dir": "some where",
     "hf_overrides": {"rope_parameters": {"rope_theta": 7.0}, "name": "it's"},
     "dtype": "float16",
+    "quantization": "int8",
     "attention_backend": "triton",
     "kv_cache_dtype": "int8",
     "max_model_len": 64,
@@ -276,8 +277,8 @@ CHANGED: dict[str, Any] = {
     "enable_chunked_prefill": False,
     "max_logprobs": -1,
 }
-# These have one value only, so far.
-FIXED = {"quantization", "tensor_parallel_size"}
+# This has one value only, so far.
+FIXED = {"tensor_parallel_size"}
 
 
 @pytest.mark.parametrize("name", ["everything", *CHANGED])

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 import pytest
 import torch
+from memory_watch import WATCH
 from safetensors.torch import save_file
 from torch import nn
 
@@ -316,7 +317,7 @@ def test_open_weights_picks_the_reader(tmp_path: Path, smollm2_gguf: Path) -> No
 # Loads `layers` matrices of 16 MiB, fused in pairs, while a thread watches the process's anonymous memory:
 # mapped file pages do not count, the kernel drops them at will. Prints the peak in MiB.
 _MEASURE = """
-import re, sys, threading, time
+import sys
 from pathlib import Path
 import torch
 from torch import nn
@@ -333,15 +334,6 @@ class Model(nn.Module):
         super().__init__()
         layers = [nn.ModuleDict({"gate_up": Fused(2048, 4096, bias=False)}) for _ in range(6)]
         self.layers = nn.ModuleList(layers)
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
 
 format, dtype, *paths = sys.argv[1:]
 with torch.device("meta"):
@@ -382,7 +374,7 @@ def test_no_second_copy_in_memory(tmp_path: Path, format_: str, dtype: str, allo
     command = [
         sys.executable,
         "-c",
-        _MEASURE,
+        WATCH + _MEASURE,
         "safetensors" if format_ == "safetensors" else "torch_bin",
         dtype,
     ]

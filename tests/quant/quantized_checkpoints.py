@@ -26,7 +26,7 @@ from halimede.engine.models.registry import build_model
 from halimede.engine.quant.stored import StoredModule
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
-TOKENS = [1, 17, 300, 42, 5, 99, 256, 511, 3, 128, 77, 64, 210, 9, 31, 400, 12, 350, 2, 8, *range(90, 114)]
+TOKENS = [1, 17, 300, 42, 5, 99, 256, 511, 3, 128, 77, 64, 210, 9, 31, 400, 12, 350, 2, 8, *range(90, 150)]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -149,7 +149,7 @@ def check_quantized(checkpoints: Checkpoints, *, logits: bool = True) -> None:
 
 def _logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
     """Of all tokens; in one chunk few enough for packed products, in the other not."""
-    return run_model(load_model(folder, dtype=dtype), TOKENS, chunk_size=33).float()
+    return run_model(load_model(folder, dtype=dtype), TOKENS, chunk_size=66).float()
 
 
 def _error(logits: torch.Tensor, exact: torch.Tensor) -> float:

@@ -129,7 +129,7 @@ def test_a_model_is_that_of_its_dequantized_weights(tmp_path: Path, mixture: str
     quantized, plain = (write_model(tmp_path, types, plain=plain) for plain in (False, True))
     tokens = [token % 40 for token in TOKENS]
     logits = {
-        (path, dtype): run_model(load(path, dtype), tokens, chunk_size=33).float()
+        (path, dtype): run_model(load(path, dtype), tokens, chunk_size=66).float()
         for path in (quantized, plain)
         for dtype in (torch.float32, torch.bfloat16)
     }
