@@ -6,8 +6,10 @@ the chunks are plain memory.
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
+import sys
 
 import torch
 
@@ -46,3 +48,13 @@ def _new_chunk(size: int) -> torch.Tensor:
     chunk = torch.frombuffer(memory, dtype=torch.uint8)
     start = -chunk.data_ptr() % _PAGE
     return chunk[start : start + size]
+
+
+def return_free_memory() -> None:
+    """Give the system back what malloc keeps of freed memory: tens of MiB of what weights were unpacked in.
+
+    Only glibc keeps so much, and has a function for it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from halimede.engine.loader.host_memory import WeightMemory
+from halimede.engine.loader.host_memory import WeightMemory, return_free_memory
 from halimede.engine.loader.kv_scales import take_kv_scales
 from halimede.engine.loader.mapping import Plan, Slice, plan_loading
 from halimede.engine.loader.model_files import ModelFiles
@@ -118,6 +118,7 @@ def load_weights(
     except torch.OutOfMemoryError as error:
         raise out_of_memory(parameters, dtype, device) from error
     assign_parameters(model, filled)
+    return_free_memory()
 
 
 def _fill(
