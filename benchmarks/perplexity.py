@@ -9,7 +9,6 @@ short: compare forms of one model with each other, not with what others publish.
 """
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -46,16 +45,6 @@ VARIANTS = (
 )
 
 
-def plain_checkpoint(source: Path, folder: Path) -> Path:
-    """A GGUF dequantized to bfloat16, without what its configuration says of how it was quantized."""
-    write_directory(source, folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("quantization_config", None)
-    path.write_text(json.dumps(config))
-    return folder
-
-
 def perplexity(model: Path, dtype: str, window: int, most: int) -> tuple[float, float]:
     """exp of the mean negative log-probability of the tokens, and the seconds without loading."""
     with LLM(str(model), dtype=dtype, device="cpu", max_model_len=window + 1, max_num_seqs=4) as llm:
@@ -89,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as temporary:
-        model = options.model or plain_checkpoint(SOURCE, Path(temporary) / "plain")
+        model = options.model or write_directory(SOURCE, Path(temporary) / "plain")
         first = None
         for i, variant in enumerate(VARIANTS):
             if options.only and i and not variant.title.startswith(tuple(options.only)):

@@ -22,13 +22,12 @@ from halimede.engine.loader.checkpoint_files import CHAT_TEMPLATE_FILES, TOKENIZ
 from halimede.engine.loader.mapping import plan_loading
 from halimede.engine.loader.model_files import ModelFiles
 from halimede.engine.loader.quantized import Part, find_quantized
-from halimede.engine.loader.weights import WeightSource, open_weights
+from halimede.engine.loader.weights import WeightSource, check_complete, open_weights
 from halimede.engine.models.config import ModelConfig
 from halimede.engine.models.registry import build_model
 from halimede.engine.quant.ct_writing import quantization_config, stored_tensors
 from halimede.engine.quant.online import OnlineFormat, OnlineScheme
-from halimede.engine.quant.stored import StoredModule
-from halimede.errors import ConfigError, ModelLoadError, UnsupportedModelError, UnsupportedQuantizationError
+from halimede.errors import ConfigError, UnsupportedModelError, UnsupportedQuantizationError
 
 SHARD_BYTES = 5_000_000_000
 _COPIED = (
@@ -133,13 +132,7 @@ def _plan(config: ModelConfig, scheme: OnlineScheme, source: WeightSource) -> _J
     model = build_model(config)
     modules = find_quantized(model, scheme)
     plan = plan_loading(model, source.names(), modules)
-    if plan.missing or plan.unexpected:
-        names = plan.missing or plan.unexpected
-        wrong = "does not find" if plan.missing else "has no place for"
-        raise ModelLoadError(
-            f"{config.architecture} {wrong} {len(names)} of the tensors: {', '.join(names[:5])}; check that "
-            "config.json belongs to these weights, or download both again"
-        )
+    check_complete(model, plan, source)
     parts, formats, columns = {}, {}, {}
     for module in modules:
         for part in module.parts:
@@ -171,7 +164,7 @@ def _converted(job: _Job, source: WeightSource) -> Iterator[tuple[dict[str, torc
             continue
         part, tensor = job.parts[name], source.get(name)
         only = {name: tensor}.__getitem__
-        stored = StoredModule(part.name, part.rows, part.columns, {"weight": name}, only, source.where)
+        stored = part.stored({"weight": name}, only, source.where)
         tensors = stored_tensors(job.formats[name].convert(stored))
         module = name.removesuffix("weight")
         yield {f"{module}{suffix}": each for suffix, each in tensors.items()}, tensor.nbytes

@@ -9,14 +9,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from readme_table import write_or_check
+
 from halimede.kernels.spec import all_kernels
 from halimede.kernels.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 BASELINES = ROOT / "tests/kernels/baselines"
-BEGIN = "<!-- kernels: made by scripts/kernel_table.py -->\n"
-END = "<!-- /kernels -->"
 
 
 def table() -> str:
@@ -42,24 +41,5 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def updated(text: str) -> str:
-    """The README's text with the table of now."""
-    before, rest = text.split(BEGIN)
-    _old, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-def main() -> int:
-    """Write, or with --check compare; the exit status."""
-    text = README.read_text()
-    new = updated(text)
-    if sys.argv[1:] == ["--check"]:
-        if new != text:
-            print("the README's table of kernels is not up to date; run python scripts/kernel_table.py")
-        return int(new != text)
-    README.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("kernels", Path(__file__).name, table()))

@@ -8,12 +8,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from readme_table import write_or_check
+
 from halimede.engine.quant.online_names import ONLINE_METHODS
 from halimede.engine.quant.registry import METHODS
-
-README = Path(__file__).parent.parent / "README.md"
-BEGIN = "<!-- quantization: made by scripts/quantization_table.py -->\n"
-END = "<!-- /quantization -->"
 
 CPU: Mapping[str, str] = {
     "WNA16": "packed 4-bit products, or in pieces",
@@ -39,24 +37,5 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def updated(text: str) -> str:
-    """The README's text with the table of now."""
-    before, rest = text.split(BEGIN)
-    _old, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-def main() -> int:
-    """Write, or with --check compare; the exit status."""
-    text = README.read_text()
-    new = updated(text)
-    if sys.argv[1:] == ["--check"]:
-        if new != text:
-            print("the README's table is not up to date; run python scripts/quantization_table.py")
-        return int(new != text)
-    README.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("quantization", Path(__file__).name, table()))

@@ -15,7 +15,6 @@ from halimede.engine.loader.weights import assign_parameters, out_of_memory, par
 from halimede.engine.quant.forms.base import Placement
 from halimede.engine.quant.online import OnlineScheme, online_scheme
 from halimede.engine.quant.scheme import QuantScheme, WeightFormat
-from halimede.engine.quant.stored import StoredModule
 
 _SEED = 0
 _EIGHT_BITS = ("fp8", "modelopt")  # methods whose weights are FP8; those of others are taken for 4 bits
@@ -73,8 +72,7 @@ def _put_random_form(
         bound = (3 / part.columns) ** 0.5
         weight = torch.empty(part.rows, part.columns).uniform_(-bound, bound, generator=generator)
         read = {"weight": weight}.__getitem__
-        stored = StoredModule(part.name, part.rows, part.columns, {"weight": "weight"}, read, str)
-        weights.append(format_.convert(stored))
+        weights.append(format_.convert(part.stored({"weight": "weight"}, read, str)))
     put_form(model, module, weights, to, memory)
 
 

@@ -1,6 +1,6 @@
 """The quantized modules of a model: found before loading, filled with what the checkpoint has of them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,12 @@ class Part:
     rows: int
     columns: int
     format: WeightFormat
+
+    def stored(
+        self, names: Mapping[str, str], read: Callable[[str], torch.Tensor], where: Callable[[str], str]
+    ) -> StoredModule:
+        """Its tensors in a checkpoint; names, read and where are as in StoredModule."""
+        return StoredModule(self.name, self.rows, self.columns, names, read, where)
 
     def tensor_names(self) -> Iterator[tuple[str, str, bool]]:
         """Suffix and name of each tensor, and whether it must be there."""

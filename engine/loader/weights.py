@@ -19,12 +19,12 @@ from halimede.engine.loader.host_memory import WeightMemory, return_free_memory
 from halimede.engine.loader.kv_scales import take_kv_scales
 from halimede.engine.loader.mapping import Plan, Slice, plan_loading
 from halimede.engine.loader.model_files import ModelFiles
-from halimede.engine.loader.quantized import Part, find_quantized, put_form
+from halimede.engine.loader.quantized import QuantizedModule, find_quantized, put_form
 from halimede.engine.loader.safetensors import SafetensorsWeights
 from halimede.engine.loader.torch_bin import TorchBinWeights
 from halimede.engine.quant.forms.base import Placement
 from halimede.engine.quant.gguf import GgufScheme
-from halimede.engine.quant.scheme import QuantScheme
+from halimede.engine.quant.scheme import QuantScheme, WeightFormat
 from halimede.engine.quant.stored import StoredModule
 from halimede.errors import ModelLoadError, UnsupportedQuantizationError
 
@@ -94,10 +94,8 @@ def load_weights(
     """
     modules = find_quantized(model, quantization)
     plan = plan_loading(model, source.names(), modules)
-    _check_complete(model, plan, source)
-    for module in modules:
-        for part in module.parts:
-            part.format.check(_stored(part, plan, source))
+    check_complete(model, plan, source)
+    stored = [(module, _checked(module, plan, source)) for module in modules]
     _check_zero(plan.zero_biases, source)
     take_kv_scales(model, plan.kv_scales, source.get, source.where)
     parameters = dict(model.named_parameters())
@@ -111,14 +109,26 @@ def load_weights(
         with bar:
             memory = WeightMemory(device)
             filled = _fill(model, parameters, plan, source, dtype, memory, bar)
-            for module in modules:
-                weights = [part.format.convert(_stored(part, plan, source)) for part in module.parts]
+            for module, parts in stored:
+                weights = [format_.convert(tensors) for format_, tensors in parts]
                 put_form(model, module, weights, Placement(device, dtype), memory)
-                bar.update(sum(len(plan.parts[part.name]) for part in module.parts))
+                bar.update(sum(len(tensors.names) for _, tensors in parts))
     except torch.OutOfMemoryError as error:
         raise out_of_memory(parameters, dtype, device) from error
     assign_parameters(model, filled)
     return_free_memory()
+
+
+def _checked(
+    module: QuantizedModule, plan: Plan, source: WeightSource
+) -> list[tuple[WeightFormat, StoredModule]]:
+    """Of each part of a module its format and its tensors; see WeightFormat.check."""
+    parts = [
+        (part.format, part.stored(plan.parts[part.name], source.get, source.where)) for part in module.parts
+    ]
+    for format_, tensors in parts:
+        format_.check(tensors)
+    return parts
 
 
 def _fill(
@@ -146,10 +156,6 @@ def _fill(
         target.copy_(convert(part.parameter, tensor))
         bar.update()
     return filled
-
-
-def _stored(part: Part, plan: Plan, source: WeightSource) -> StoredModule:
-    return StoredModule(part.name, part.rows, part.columns, plan.parts[part.name], source.get, source.where)
 
 
 def _as_it_is(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -186,7 +192,8 @@ def assign_parameters(model: nn.Module, filled: Mapping[str, torch.Tensor]) -> N
             setattr(model.get_submodule(path), leaf, made[id(parameter)])
 
 
-def _check_complete(model: nn.Module, plan: Plan, source: WeightSource) -> None:
+def check_complete(model: nn.Module, plan: Plan, source: WeightSource) -> None:
+    """ModelLoadError where the plan for a model lacks tensors of the checkpoint, or has no place for some."""
     kind = type(model).__name__
     if plan.missing:
         hint = "the checkpoint is incomplete or its config.json describes another model: download it again"

@@ -23,7 +23,7 @@ from halimede.engine.loader.mapping import plan_loading
 from halimede.engine.loader.quantized import find_quantized
 from halimede.engine.loader.safetensors import SafetensorsWeights
 from halimede.engine.models.registry import build_model
-from halimede.engine.quant.stored import StoredModule
+from halimede.engine.quant.scheme import QuantScheme
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 TOKENS = [1, 17, 300, 42, 5, 99, 256, 511, 3, 128, 77, 64, 210, 9, 31, 400, 12, 350, 2, 8, *range(90, 150)]
@@ -102,23 +102,19 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What our formats make of every quantized module of a checkpoint: by its name, [N, K] float32."""
+def read_weights(folder: Path, scheme: QuantScheme | None = None) -> dict[str, torch.Tensor]:
+    """What our formats make of every quantized module of a checkpoint: by its name, [N, K] float32.
+
+    scheme: one to quantize a plain checkpoint with; None is the checkpoint's own.
+    """
     config = read_config(folder)
     model = build_model(config)
-    modules = find_quantized(model, config.quantization)
+    modules = find_quantized(model, scheme or config.quantization)
     with SafetensorsWeights(sorted(folder.glob("*.safetensors"))) as source:
         names = plan_loading(model, source.names(), modules).parts
         return {
             part.name: part.format.convert(
-                StoredModule(
-                    part.name,
-                    part.rows,
-                    part.columns,
-                    names[part.name],
-                    source.get,
-                    source.where,
-                )
+                part.stored(names[part.name], source.get, source.where)
             ).dequantize()
             for module in modules
             for part in module.parts

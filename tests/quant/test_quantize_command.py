@@ -11,15 +11,11 @@ import pytest
 import torch
 from quantized_checkpoints import TOKENS, generate, read_weights
 from safetensors.torch import load_file
-from tiny_models import load_model, read_config, run_model, write_tiny_checkpoint
+from tiny_models import load_model, run_model, write_tiny_checkpoint
 
 from halimede.engine import quantize_checkpoint as module
 from halimede.engine.cli.main import main
-from halimede.engine.loader.quantized import find_quantized
-from halimede.engine.loader.safetensors import SafetensorsWeights
-from halimede.engine.models.registry import build_model
 from halimede.engine.quant.online import online_scheme
-from halimede.engine.quant.stored import StoredModule
 
 Run = Callable[..., str]
 SMALL = {"tokenizer": True, "intermediate_size": 128, "hidden_size": 64}
@@ -40,26 +36,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("plain"), **SMALL)  # type: ignore[arg-type]
-
-
-def expected_weights(plain: Path, scheme: Any) -> dict[str, torch.Tensor]:
-    """What the scheme makes of every module while it is loaded."""
-    modules = find_quantized(build_model(read_config(plain)), scheme)
-    with SafetensorsWeights(sorted(plain.glob("*.safetensors"))) as source:
-        return {
-            part.name: part.format.convert(
-                StoredModule(
-                    part.name,
-                    part.rows,
-                    part.columns,
-                    {"weight": f"{part.name}.weight"},
-                    source.get,
-                    source.where,
-                )
-            ).dequantize()
-            for each in modules
-            for part in each.parts
-        }
 
 
 def check_decompression(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -112,7 +88,7 @@ def test_everyone_reads_the_same_weights(
     printed = run(plain, "--to", method, "-o", out, *flags(method, options))
     assert " times smaller): " in printed
     assert not [path.name for path in tmp_path.iterdir() if path != out], "nothing is left beside it"
-    expected = expected_weights(plain, online_scheme(method, **options))
+    expected = read_weights(plain, online_scheme(method, **options))
     ours = read_weights(out)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], weight) for name, weight in expected.items())
@@ -138,7 +114,7 @@ def test_modules_of_other_groups_have_groups_of_their_own(tmp_path: Path, run: R
     groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]
     sizes = {tuple(group["targets"]): group["weights"]["group_size"] for group in groups.values()}
     assert sizes[(r"re:.*\.down_proj$",)] == 128
-    expected = expected_weights(model, online_scheme("int4", symmetric=True))
+    expected = read_weights(model, online_scheme("int4", symmetric=True))
     assert all(torch.equal(weight, expected[name]) for name, weight in read_weights(tmp_path / "out").items())
 
 
@@ -156,7 +132,7 @@ def test_shards_with_an_index(plain: Path, tmp_path: Path, run: Run, monkeypatch
 def test_torch_files(tmp_path: Path, run: Run, plain: Path) -> None:
     other = write_tiny_checkpoint(tmp_path / "bin", format="bin", **SMALL)  # type: ignore[arg-type]
     run(other, "--to", "int4", "-o", tmp_path / "out")
-    expected = expected_weights(plain, online_scheme("int4", symmetric=True))
+    expected = read_weights(plain, online_scheme("int4", symmetric=True))
     assert all(torch.equal(weight, expected[name]) for name, weight in read_weights(tmp_path / "out").items())
 
 
