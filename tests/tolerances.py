@@ -46,6 +46,9 @@ KERNEL: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "activation": {torch.float32: (2e-6, 2e-6), torch.bfloat16: (1.6e-2, 1e-4), torch.float16: (2e-3, 1e-4)},
     # Rounded once from sums of a few hundred products: the last bit at most.
     "gated matmul": {torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 2e-6)},
+    # Weights are rounded to 16 bits, or not; sums of a few hundred products, rounded once.
+    "wna16 matmul": {torch.bfloat16: (8e-3, 1e-2), torch.float16: (1e-3, 1.5e-3)},
+    "wna16 dequantize": {torch.bfloat16: (8e-3, 1e-6), torch.float16: (1e-3, 1e-6)},
     "attention decode": {
         torch.float32: (1e-5, 2e-6),
         torch.bfloat16: (8e-3, 4e-3),

@@ -41,10 +41,15 @@ def _compare(spec: KernelSpec, actual: Tensors, expected: Tensors) -> None:
 
 def _copy(given: dict[str, Any], device: str) -> dict[str, Any]:
     """The arguments with tensors of their own, strides kept."""
-    return {
-        name: _copy_tensor(value, device) if isinstance(value, torch.Tensor) else value
-        for name, value in given.items()
-    }
+    return {name: _copy_value(value, device) for name, value in given.items()}
+
+
+def _copy_value(value: Any, device: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _copy_tensor(value, device)
+    if type(value) is tuple:
+        return tuple(_copy_value(part, device) for part in value)
+    return value
 
 
 def _copy_tensor(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -1,46 +1,141 @@
 """WNA16: integer codes with scales for groups of columns, multiplied with activations as they are."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from halimede.engine.quant.canonical import GroupedWeight
-from halimede.engine.quant.forms.base import Placement, WeightForm
+from halimede.engine.quant.forms.base import Activations, Placement, WeightForm
 from halimede.kernels.matmul_bytes import bytes_product, pack_bytes, unpack_bytes
 from halimede.kernels.matmul_codes import CodedWeight, codes_product, pack_codes
 from halimede.kernels.matmul_int4 import Int4Weight, int4_product, int4_rows, pack_int4
+from halimede.kernels.ops import Gate
+
+if TYPE_CHECKING:
+    from halimede.kernels.gpu.wna16_layout import WNA16Operand
 
 
-class WNA16(WeightForm):
-    """A GroupedWeight. On a CPU in 16 bits it is packed for torch's 4-bit product where there is one for it.
+def wna16_form(weight: GroupedWeight, placement: Placement) -> WeightForm:
+    """The form of a weight for its device.
 
-    Other codes of a CPU, and those of models in float32, whose results that would round to bfloat16, are
-    unpacked a piece at a time; so are codes that go through a table, and those on other devices.
+    On a GPU the Triton kernels' where they have a layout for the groups; on a CPU in 16 bits packed for
+    torch's 4-bit product where there is one for the codes. Others, those of models in float32, whose
+    results the latter would round to bfloat16, and codes that go through a table there, are unpacked a
+    piece at a time.
     """
+    if placement.has_kernels and placement.dtype.itemsize == 2:
+        from halimede.kernels.gpu.wna16_layout import supports_groups
 
-    packed: torch.Tensor
-    byte_rows: torch.Tensor | None
+        if supports_groups(weight.group_size, weight.shape[1]):
+            return KernelWNA16(weight, placement)
+    if placement.device.type != "cpu" or weight.table is not None:
+        return CodedWNA16(weight, placement)
+    packed = _packed(weight, placement)
+    return BytesWNA16(weight, placement) if packed is None else PackedWNA16(weight, placement, packed)
+
+
+class _WNA16(WeightForm):
+    """What all have in common: columns in another order than the activations', where act-order asked for
+    it."""
+
+    permutation: torch.Tensor | None
+
+    def __init__(self, weight: GroupedWeight, placement: Placement) -> None:
+        super().__init__(weight.shape, placement)
+        self._hold("permutation", weight.permutation)
+
+    def forward(self, x: Activations) -> torch.Tensor:
+        """See WeightForm."""
+        assert isinstance(x, torch.Tensor), "these activations are never quantized"
+        return self._product(x if self.permutation is None else x.index_select(1, self.permutation))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """See WeightForm."""
+        values = self._rows(ids)
+        if self.permutation is None:
+            return values
+        return torch.empty_like(values).index_copy_(1, self.permutation, values)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class KernelWNA16(_WNA16):
+    """Laid out for the Triton kernels (kernels/gpu/wna16_matmul.py)."""
+
+    words: torch.Tensor
+    records: torch.Tensor
+    table: torch.Tensor | None
+    counters: torch.Tensor
+
+    def __init__(self, weight: GroupedWeight, placement: Placement) -> None:
+        from halimede.kernels.gpu.wna16_layout import pack_wna16
+        from halimede.kernels.launch import target_of
+        from halimede.kernels.matmul_wna16 import wna16_product
+
+        super().__init__(weight, placement)
+        self._multiply = wna16_product
+        self._activation: Gate | None = None
+        device = placement.device
+        zero, offsets, table = weight.zero, weight.offsets, weight.table
+        codes = weight.codes.to(device)  # moved first: laying out is some passes over them
+        self._take(
+            pack_wna16(
+                codes,
+                weight.bits,
+                weight.group_size,
+                weight.scales.to(device),
+                zero.to(device) if isinstance(zero, torch.Tensor) else zero,
+                None if offsets is None else offsets.to(device),
+                None if table is None else table.to(device),
+                backend=target_of(codes).backend,
+            )
+        )
+
+    def _take(self, operand: "WNA16Operand") -> None:
+        self._facts = operand.facts
+        for name in ("words", "records", "table", "counters"):
+            self._hold(name, getattr(operand, name))
+
+    def make_gated(self, activation: Gate) -> bool:
+        """See WeightForm."""
+        if self.out_features % 16 or self.bias is not None or self._activation is not None:
+            return False
+        from halimede.kernels.gpu.wna16_layout import gated_operand
+
+        self._take(gated_operand(self._operand))
+        self._activation = activation
+        return True
+
+    @property
+    def _operand(self) -> "WNA16Operand":
+        from halimede.kernels.gpu.wna16_layout import WNA16Operand
+
+        return WNA16Operand(self.words, self.records, self.table, self.counters, self._facts)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(x, self._operand, self._activation)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        from halimede.kernels.gpu.wna16_layout import rows_of
+
+        return rows_of(self._operand, ids)
+
+
+class CodedWNA16(_WNA16):
+    """Codes as they are, unpacked a piece at a time by torch (kernels/matmul_codes.py)."""
+
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     offsets: torch.Tensor | None
     table: torch.Tensor | None
-    permutation: torch.Tensor | None
 
     def __init__(self, weight: GroupedWeight, placement: Placement) -> None:
-        super().__init__(weight.shape, placement)
-        self._planes: str | None = None
-        self._hold("permutation", weight.permutation)
-        self._hold("byte_rows", None)
-        if placement.device.type != "cpu" or weight.table is not None:
-            self._hold_codes(weight)
-        elif (packed := _packed(weight, placement)) is not None:
-            self._planes, self._group_size = packed.planes, packed.group_size
-            self._has_offsets = packed.has_offsets
-            self._hold("packed", packed.packed)
-            self._hold("scales", packed.scales)
-        else:
-            self._hold("byte_rows", pack_bytes(weight.codes, weight.scales, weight.zero, weight.offsets))
-
-    def _hold_codes(self, weight: GroupedWeight) -> None:
+        super().__init__(weight, placement)
         self._group_size = weight.group_size
         self._hold("codes", pack_codes(weight.codes, weight.bits))
         self._hold("scales", weight.scales)
@@ -49,35 +144,57 @@ class WNA16(WeightForm):
         self._hold("offsets", weight.offsets)
         self._hold("table", weight.table)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See WeightForm."""
-        if self.permutation is not None:
-            x = x.index_select(1, self.permutation)
-        if self._planes is not None:
-            return int4_product(x, self._as_int4(self._planes))
-        if self.byte_rows is not None:
-            return bytes_product(x, self.byte_rows)
-        return codes_product(x, self._as_codes())
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return codes_product(x, self._coded)
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """See WeightForm."""
-        if self._planes is not None:
-            values = int4_rows(self._as_int4(self._planes), ids)
-        elif self.byte_rows is not None:
-            values = unpack_bytes(self.byte_rows[ids])
-        else:
-            values = self._as_codes().dequantize(ids)
-        if self.permutation is None:
-            return values
-        return torch.empty_like(values).index_copy_(1, self.permutation, values)
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._coded.dequantize(ids)
 
-    def _as_int4(self, planes: str) -> Int4Weight:
-        shape = (self.out_features, self.in_features)
-        return Int4Weight(self.packed, self.scales, planes, self._group_size, shape, self._has_offsets)
-
-    def _as_codes(self) -> CodedWeight:
+    @property
+    def _coded(self) -> CodedWeight:
         zeros = self._zero if self.zeros is None else self.zeros
         return CodedWeight(self.codes, self._group_size, self.scales, zeros, self.offsets, self.table)
+
+
+class PackedWNA16(_WNA16):
+    """Packed for torch's 4-bit product on a CPU (kernels/matmul_int4.py)."""
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, weight: GroupedWeight, placement: Placement, packed: Int4Weight) -> None:
+        super().__init__(weight, placement)
+        self._planes, self._group_size = packed.planes, packed.group_size
+        self._has_offsets = packed.has_offsets
+        self._hold("packed", packed.packed)
+        self._hold("scales", packed.scales)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return int4_product(x, self._as_int4)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return int4_rows(self._as_int4, ids)
+
+    @property
+    def _as_int4(self) -> Int4Weight:
+        shape = (self.out_features, self.in_features)
+        return Int4Weight(self.packed, self.scales, self._planes, self._group_size, shape, self._has_offsets)
+
+
+class BytesWNA16(_WNA16):
+    """Rows of bytes for FBGEMM on a CPU (kernels/matmul_bytes.py)."""
+
+    byte_rows: torch.Tensor
+
+    def __init__(self, weight: GroupedWeight, placement: Placement) -> None:
+        super().__init__(weight, placement)
+        self._hold("byte_rows", pack_bytes(weight.codes, weight.scales, weight.zero, weight.offsets))
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return bytes_product(x, self.byte_rows)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return unpack_bytes(self.byte_rows[ids])
 
 
 def _packed(weight: GroupedWeight, placement: Placement) -> Int4Weight | None:
