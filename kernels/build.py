@@ -21,6 +21,7 @@ def build(specialisation: Specialisation) -> tuple[KernelEntry, bytes]:
             f"{TRITON_VERSION}: {type(error).__name__}: {error}"
         ) from error
     _check_launchable(specialisation, compiled.metadata)
+    scratch_bytes, scratch_align = _scratch(compiled.metadata)
     is_cuda = specialisation.target.backend == "cuda"
     binary: bytes = compiled.asm["cubin" if is_cuda else "hsaco"]
     registers, spills = _resources(compiled.asm, is_cuda=is_cuda)
@@ -40,8 +41,19 @@ def build(specialisation: Specialisation) -> tuple[KernelEntry, bytes]:
         spills=spills,
         sha256=hashlib.sha256(binary).hexdigest(),
         size=len(binary),
+        scratch_bytes=scratch_bytes,
+        scratch_align=scratch_align,
     )
     return entry, binary
+
+
+def _scratch(metadata: Any) -> tuple[int, int]:
+    """Bytes of global memory that each program writes for itself, such as its TMA descriptors, and alignment.
+
+    AMD's backend of Triton 3.6 has none, and no such fields.
+    """
+    size = getattr(metadata, "global_scratch_size", 0) or 0
+    return size, (getattr(metadata, "global_scratch_align", 1) or 1) if size else 1
 
 
 def _resources(assembly: Any, *, is_cuda: bool) -> tuple[int, int]:
@@ -60,7 +72,7 @@ def _check_launchable(specialisation: Specialisation, metadata: Any) -> None:
         return getattr(metadata, name, 0)
 
     asked = {
-        "scratch memory": has("global_scratch_size") or has("profile_scratch_size"),
+        "memory for a profile": has("profile_scratch_size"),
         "clusters": metadata.num_ctas > 1,
         "a cooperative launch": has("launch_cooperative_grid"),
         "a dependent launch": has("launch_pdl"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halimede.kernels.gpu_driver import GpuDriver, driver_for
-from halimede.kernels.launch_plan import Grid, LaunchPlan, Values, launch_on
+from halimede.kernels.launch_plan import Allocate, Grid, LaunchPlan, Values, device_memory, launch_on
 from halimede.kernels.launch_plan import Launch as StartPlan
 from halimede.kernels.library import KernelLibrary
 from halimede.kernels.specialise import Specialisation, specialise
@@ -31,7 +31,8 @@ _INT32 = 1 << 31
 class DeviceKernels:
     """Of one library on one device.
 
-    index: the device's number. start: starts a plan's launch on the device's current stream.
+    index: the device's number. start: starts a plan's launch on the device's current stream. allocate: gives
+    memory of the device to a launch whose kernel asks for some, inside of `start`.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class DeviceKernels:
         *,
         index: int,
         start: Callable[[int, StartPlan, Grid, Values], None] = launch_on,
+        allocate: Allocate = device_memory,
     ) -> None:
         self._library = library
         self._target = target
         self._driver = driver
         self._index = index
         self._start = start
+        self._allocate = allocate
         self._plans: dict[Hashable, StartPlan] = {}
         self._loaded: dict[str, LaunchPlan] = {}
         self._lock = threading.Lock()
@@ -134,6 +137,9 @@ class DeviceKernels:
             threads=entry.threads,
             shared_memory=entry.shared_memory,
             name=entry.entry_point,
+            scratch_bytes=entry.scratch_bytes,
+            scratch_align=entry.scratch_align,
+            allocate=self._allocate,
         )
         with self._lock:
             return self._loaded.setdefault(specialisation.key, plan)

@@ -23,7 +23,7 @@ from halimede.kernels.machine_code_cubin import read_cubin
 from halimede.kernels.spec import Case, KernelSpec
 from halimede.kernels.target import Target
 
-WIDE_PERCENT = 33
+WIDE_PERCENT = 30
 """Of the bytes that a kernel's load instructions bring, so many come in loads of 16 bytes and more."""
 
 NARROW = frozenset({"_attention_decode_plan_kernel", "_bias_kernel", "_penalty_kernel", "_ban_kernel"})

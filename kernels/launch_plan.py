@@ -6,6 +6,7 @@ in one call, and ctypes parameters for what is always the same (benchmarks/launc
 """
 
 import ctypes
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_uint64, c_void_p
@@ -21,6 +22,8 @@ Grid = tuple[int, ...]
 Values = Sequence[int | float]
 Launch = Callable[[Grid, int, Values], None]
 """Takes the grid, the stream's handle and one value for each argument."""
+Allocate = Callable[[int], torch.Tensor]
+"""Gives at least so many bytes of the device that the launch is on, for its stream."""
 
 # Codes of the struct module in its native mode, which aligns as a GPU does: each number to its own size.
 _CODES: Mapping[str, str] = {
@@ -39,12 +42,17 @@ _CODES: Mapping[str, str] = {
 }
 _POINTER = "P"  # faster than Q
 # Triton appends two pointers to what a kernel takes: memory for itself (global_scratch, profile_scratch).
-# They are null for a kernel that asks for no such memory.
+# They are null for a kernel that asks for none; the first is packed as an argument for one that does.
 _NUM_SCRATCH_POINTERS = 2
 _LARGEST_SIZE = (1 << 31) - 1
 _PACKING_ERRORS = (struct.error, TypeError, OverflowError)
 # Without torch.cuda's look at whether it has been initialised: 0.06 µs.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def device_memory(num_bytes: int) -> torch.Tensor:
+    """Bytes on torch's current device, for work in its current stream there."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
 
 
 class _Pointers(dict[int, Any]):
@@ -76,20 +84,30 @@ class LaunchPlan:
         types: Sequence[str],
         threads: int,
         shared_memory: int,
+        scratch_bytes: int = 0,
+        scratch_align: int = 1,
+        allocate: Allocate = device_memory,
     ) -> None:
         """function: the handle that driver.load gave. name: for messages.
 
         types: Triton's names of the runtime arguments' types, in order, without constexprs. threads: of each
         block (Triton's num_warps times the target's warp_size). shared_memory: bytes of each block, as given
-        to driver.load.
-        The kernel must want no scratch memory, no cluster of blocks and no cooperative launch.
+        to driver.load. scratch_bytes, scratch_align: of global memory for each block; `allocate` gives it for
+        a launch, all blocks' together.
+        The kernel must want no cluster of blocks, no cooperative launch and no memory for a profile.
         KernelError for a type that has no plain value: 16-bit floats, descriptors, tuples.
         """
         self.name = name
         codes = [_code(name, index, kind) for index, kind in enumerate(types)]
-        new_slot = partial(_new_slot, codes)
         packing = partial(_packing_error, name, list(types), codes)
-        self.launch = _launcher(driver, function, name, threads, shared_memory, new_slot, packing)
+        if not scratch_bytes:
+            new_slot = partial(_new_slot, codes, _NUM_SCRATCH_POINTERS)
+            self.launch = _launcher(driver, function, name, threads, shared_memory, new_slot, packing)
+            return
+        new_slot = partial(_new_slot, [*codes, _POINTER], _NUM_SCRATCH_POINTERS - 1)
+        own_packing = partial(_packing_error_with_scratch, packing)
+        launch = _launcher(driver, function, name, threads, shared_memory, new_slot, own_packing)
+        self.launch = _with_scratch(launch, scratch_bytes, scratch_align, allocate)
 
     def __call__(self, grid: Grid, stream: int, values: Values) -> None:
         """Start the kernel over `grid`, one to three sizes; a size of 0 starts nothing.
@@ -102,6 +120,22 @@ class LaunchPlan:
 
 
 _Slot = tuple[Callable[..., None], Any]
+
+
+def _with_scratch(launch: Launch, size: int, align: int, allocate: Allocate) -> Launch:
+    """`launch`, whose values have a pointer more: to `size` bytes for each block of the grid."""
+
+    def launch_with_scratch(grid: Grid, stream: int, values: Values) -> None:
+        num_blocks = math.prod(grid)
+        if num_blocks <= 0:  # starts nothing, or is refused
+            launch(grid, stream, (*values, 0))
+            return
+        # Freed as soon as the kernel is in the stream: what gets the memory next runs after it there. While
+        # a CUDA graph is captured it comes from the graph's own pool, which lives as long as the graph.
+        memory = allocate(num_blocks * size + align - 1)
+        launch(grid, stream, (*values, -(-memory.data_ptr() // align) * align))
+
+    return launch_with_scratch
 
 
 def _launcher(
@@ -152,11 +186,14 @@ def _launcher(
     return launch
 
 
-def _new_slot(codes: Sequence[str]) -> _Slot:
-    """Memory for one launch's arguments: what packs values into it, and the array of pointers to them."""
-    with_scratch = [*codes, *[_POINTER] * _NUM_SCRATCH_POINTERS]
+def _new_slot(codes: Sequence[str], num_nulls: int) -> _Slot:
+    """Memory for one launch's arguments: what packs values into it, and the array of pointers to them.
+
+    num_nulls: scratch pointers after them that stay null.
+    """
+    with_scratch = [*codes, *[_POINTER] * num_nulls]
     ends = [struct.calcsize("@" + "".join(with_scratch[: i + 1])) for i in range(len(with_scratch))]
-    memory = (c_uint64 * -(-ends[-1] // 8))()  # zeros: the scratch pointers stay null
+    memory = (c_uint64 * -(-ends[-1] // 8))()  # zeros, so pointers are null
     start = ctypes.addressof(memory)
     sizes = [struct.calcsize("@" + code) for code in with_scratch]
     addresses = [start + end - size for end, size in zip(ends, sizes, strict=True)]
@@ -193,6 +230,13 @@ def _packing_error(
                 "that fits, for a tensor its data_ptr()"
             )
     return KernelError(f"the arguments of kernel {name} cannot be packed: {error}")
+
+
+def _packing_error_with_scratch(
+    packing_error: Callable[[Values, Exception], KernelError], values: Values, error: Exception
+) -> KernelError:
+    """Says nothing of the pointer at the end, which the caller did not give."""
+    return packing_error(values[:-1], error)
 
 
 def _three_sizes(name: str, grid: Grid) -> tuple[int, int, int]:

@@ -6,16 +6,18 @@ are bound by arithmetic: the weight is written out in 16 bits and multiplied by 
 
 import torch
 
+from halimede.kernels.gpu import wna16_config
 from halimede.kernels.gpu.activation import activate
 from halimede.kernels.gpu.wna16_dequantize import wna16_dequantize
 from halimede.kernels.gpu.wna16_layout import WNA16Operand
 from halimede.kernels.gpu.wna16_matmul import GatedActivation, wna16_matmul
 
-DEQUANTIZE_ROWS = 1024
-"""More rows than these are multiplied with the weight written out.
+DEQUANTIZE_ROWS = 512
+"""More rows than these are multiplied with the weight written out: from there on that is faster on an H100 for
+Llama-3-8B's shapes (docs/perf-log.md)."""
 
-On an H100 the kernel reaches 530 of cuBLAS's 750 TFLOP/s, and writing and reading a weight takes what
-some 870 rows save. An estimate from both rates (docs/perf-log.md)."""
+ROW_BUCKETS = (*(bucket for bucket in wna16_config.ROW_BUCKETS if bucket < DEQUANTIZE_ROWS), DEQUANTIZE_ROWS)
+"""Numbers of rows up to which one and the same is launched; so it is for all that are more."""
 
 
 def wna16_product(

@@ -5,9 +5,14 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from halimede.kernels.launch import Launch
+    from halimede.kernels.target import Target
+    from halimede.kernels.tuning import KernelConfig
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -42,6 +47,24 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class TuningSpace:
+    """Where `halimede tune` looks for a better config than the launcher's own.
+
+    kernel: the function whose launches are tuned; the launcher asks pick_config for its config under the
+    spec's name. configs: what to try for a launch (its constants say the shape, `config` what the launcher
+    chose); one that the launcher refuses, or that does not compile, spills or needs too much shared memory
+    is left out later. case: a call of the launcher with the shapes of a launch, whose tensors may be on
+    "meta"; it can be repeated, as it changes nothing but its outputs. error: the largest difference from the
+    reference of an output, as a part of that output's largest value; what is no floats must be equal.
+    """
+
+    kernel: Any
+    configs: "Callable[[Target, Launch], list[KernelConfig]]"
+    case: "Callable[[Launch], Case]"
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class KernelSpec:
     """A kernel as everything else sees it.
 
@@ -50,7 +73,7 @@ class KernelSpec:
     cases: small and odd, for parity with the reference; each runs in the interpreter within about a second.
     signatures: shapes that serving has, on meta tensors for compiling and on a GPU for timing.
     faults: see Fault; at least one. matrix_product: whether it multiplies matrices of 64 rows and more, so
-    that its code must hold the target's matrix instructions.
+    that its code must hold the target's matrix instructions. space: None for a kernel that is not tuned.
     """
 
     name: str
@@ -62,6 +85,7 @@ class KernelSpec:
     signatures: tuple[Case, ...]
     faults: tuple[Fault, ...]
     matrix_product: bool = False
+    space: TuningSpace | None = None
 
 
 @cache

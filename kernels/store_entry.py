@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NoReturn
 
 FORMAT = 1
@@ -44,7 +44,8 @@ class KernelEntry:
     parameters is not kept. constants, options (the compiler's): JSON scalars. triton: its version. source:
     SHA-256 of the kernel's source. entry_point: the function's name in the binary. threads: of one program.
     shared_memory: bytes of one program. registers: of a thread. spills: bytes of a thread. sha256, size: of
-    the binary, in bytes.
+    the binary, in bytes. scratch_bytes: of global memory that a launch gives each program, from an address
+    that is a multiple of scratch_align; manifests of before there were such kernels have neither.
     """
 
     key: str
@@ -62,6 +63,8 @@ class KernelEntry:
     spills: int
     sha256: str
     size: int
+    scratch_bytes: int = 0
+    scratch_align: int = 1
 
     @property
     def manifest_name(self) -> str:
@@ -106,14 +109,14 @@ def read_manifest(data: bytes) -> KernelEntry:
         raise ValueError("is not the manifest of a kernel: it has no digest")
     if values.pop("digest") != _digest(values):
         raise ValueError("was altered: its fields do not fit its digest")
-    known = {f.name: f.type for f in fields(KernelEntry)}
-    for name, kind in known.items():
-        if name not in values:
+    known = {f.name: f for f in fields(KernelEntry)}
+    for name, field in known.items():
+        if name not in values and field.default is MISSING:
             raise ValueError(f"lacks the field {name!r}")
-        if not _is_a(values[name], kind):
+        if name in values and not _is_a(values[name], field.type):
             raise ValueError(f"holds {name}={values[name]!r}, which is of another type")
     _check_names(values)
-    return KernelEntry(**{name: values[name] for name in known})
+    return KernelEntry(**{name: values[name] for name in known if name in values})
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Measures the engine on this machine's GPU, NVIDIA or AMD, in less than 8 minutes: kernels against their
-# references, whole models, ceilings of the card, kernels and serving beside them. Installs nothing; needs torch,
-# triton, transformers and numpy (plots need matplotlib). Results are written to OUTDIR as they come; a short
-# table is printed last. Exit status 1 if anything failed.
-#   scripts/gpu_check.sh OUTDIR [--cpu-rehearsal] [--only STAGE,...]    PYTHON names the interpreter (python3)
+# Measures the engine on this machine's GPU, NVIDIA or AMD, in less than 8 minutes, or --minutes N: kernels
+# against their references, whole models, ceilings of the card, and beside them kernels, products with quantized
+# weights, serving with plain weights and quantized ones. Installs nothing; needs torch, triton, transformers and
+# numpy (plots need matplotlib). Results are written to OUTDIR as they come; a short table is printed last. Exit
+# status 1 if anything failed. PYTHON names the interpreter (python3).
+#   scripts/gpu_check.sh OUTDIR [--cpu-rehearsal] [--only STAGE,...] [--minutes N]
 set -euo pipefail
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-    echo "usage: scripts/gpu_check.sh OUTDIR [--cpu-rehearsal] [--only STAGE,...]" >&2
+    echo "usage: scripts/gpu_check.sh OUTDIR [--cpu-rehearsal] [--only STAGE,...] [--minutes N]" >&2
     exit 2
 fi
 mkdir -p "$1"

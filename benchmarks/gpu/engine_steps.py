@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from gpu_trace import STEP, Activity, busy_us, by_group, gaps_us, read_trace, steps_of
+from torch import nn
 
 from halimede import SamplingParams
 from halimede.engine.build import build_core, open_model
 from halimede.engine.config import EngineConfig
+from halimede.engine.executor.local import LocalExecutor
+from halimede.engine.layers.embedding import Embedding
 from halimede.scheduler.output import SequenceUpdate
 from halimede.scheduler.request import Request
 
@@ -23,12 +26,15 @@ _KNOWN = 0.75
 class SteppedEngine:
     """An engine of dummy weights whose steps are run one by one, and rows that all decode.
 
-    extra_steps: that rows decode once all of them do.
+    extra_steps: that rows decode once all of them do. streamed_bytes: of the weights that a step reads.
     """
 
     def __init__(self, config: EngineConfig, extra_steps: int) -> None:
         files, model = open_model(config)
         self._core, executor = build_core(config, files, model)
+        assert isinstance(executor, LocalExecutor)
+        self.is_quantized = model.quantization is not None
+        self.streamed_bytes = streamed_bytes(executor._alive()._model)
         self._block_size, self._num_blocks = config.block_size, executor.num_blocks
         self._chunk = config.max_num_batched_tokens
         self._vocabulary = range(model.vocab_size)
@@ -115,6 +121,19 @@ class SteppedEngine:
         self._core.add(Request(request_id, prompt, params, seed=0, arrival_time=time.monotonic()))
         self._lengths[request_id] = len(prompt)
         return request_id
+
+
+def streamed_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights, in the form that they are multiplied in, each counted once.
+
+    An embedding that is not the output layer too is left out: of it a step reads a few rows.
+    """
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if not isinstance(module, Embedding):
+            tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            found |= {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return sum(found.values())
 
 
 def profile_steps(engine: SteppedEngine, count: int, *, gpu: bool) -> tuple[list[Activity], int]:

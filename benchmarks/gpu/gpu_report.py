@@ -48,7 +48,8 @@ def write_markdown(
         *rehearsal,
         "; ".join(f"{name} {value}" for name, value in facts.items() if value is not None),
         "## Aims",
-        "For Llama-3-8B in bfloat16 on an H200; on another card only the shares of the roofline compare.",
+        "For Llama-3-8B on an H200, in bfloat16 where nothing else is said; on another card only the shares "
+        "of the roofline compare.",
         table(("", "measured", "aim", "unit", ""), aim_rows(found)),
         "## Stages",
         table(("stage", "", "seconds"), stage_rows(record["stages"], found)),

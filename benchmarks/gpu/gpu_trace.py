@@ -22,6 +22,7 @@ _LAUNCHES = frozenset({"cuda_runtime", "cuda_driver"})
 _GROUPS: tuple[tuple[str, str], ...] = (
     ("attention", r"attention_decode|prefill_kernel|fmha|flash|attention"),
     ("gated projection", r"gated_matmul"),
+    ("quantized products", r"wna16|(scaled|int8|fp8|fp8_weight)_matmul|scaled_mm"),
     (
         "matrix products",
         r"gemm|gemv|nvjet|cutlass|cijk|splitk|cublas|xmma|matmul|aten::(mm|addmm|linear|bmm)",

@@ -33,13 +33,17 @@ def measured(found: Found) -> dict[str, float]:
     """Each figure that has an aim, by the aim's name."""
     figures: dict[str, float] = {}
     found = {name: data for name, data in found.items() if data.get("geometry") == AIMED_AT}
-    for row in found.get("serving", {}).get("rows", ()):
-        if "skipped" in row:
-            continue
-        where = f"batch {row['batch']}, context {row['context']}"
-        figures[f"decode, {where}"] = row["tok_s"]
-        if "profile" in row:
-            figures[f"host gap, {where}"] = row["profile"]["host_gap_ms"]
+    served = {"": found.get("serving", {})}
+    methods = found.get("serving_quantized", {}).get("methods", {})
+    served |= {f"{name}: ": data for name, data in methods.items()}
+    for prefix, data in served.items():
+        for row in data.get("rows", ()):
+            if "skipped" in row:
+                continue
+            where = f"batch {row['batch']}, context {row['context']}"
+            figures[f"{prefix}decode, {where}"] = row["tok_s"]
+            if "profile" in row:
+                figures[f"{prefix}host gap, {where}"] = row["profile"]["host_gap_ms"]
     result = found.get("throughput", {}).get("result", {})
     rate = result.get("steady_output_tok_s") or result.get("output_tok_s")
     if rate is not None:
@@ -144,6 +148,79 @@ def _serving(data: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def _serving_quantized(data: Mapping[str, Any]) -> Iterator[str]:
+    header = (
+        "weights",
+        "batch",
+        "context",
+        "tok/s",
+        "ms",
+        "of the roofline",
+        "aimed at",
+        "GB read",
+        "start s",
+    )
+    rows: list[Row] = []
+    for method, found in data.get("methods", {}).items():
+        for row in found.get("rows", ()):
+            if "skipped" in row:
+                continue
+            aimed = row.get("aimed_share")
+            rows.append(
+                (
+                    method,
+                    row["batch"],
+                    row["context"],
+                    row["tok_s"],
+                    row["ms"],
+                    f"{row['share']:.0%}",
+                    None if aimed is None else f"{aimed:.0%}",
+                    found["streamed_bytes"] / 1e9,
+                    found["startup_s"],
+                )
+            )
+    yield table(header, rows)
+    yield "GB read: of weights in a step. Start: weights, KV cache, graphs."
+    for method, found in data.get("methods", {}).items():
+        yield f"### {method}"
+        yield from _serving(found)
+
+
+def _quantized_products(data: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        "Microseconds of a product; ours: with activations already rounded where the kernel rounds them, and "
+        "from 16 bits. x: how much faster than bfloat16 (`torch.matmul`) and than torch's own 8-bit product. "
+        "Of copy: bytes of the weight as it is kept, of activations and results, at the rate of a copy."
+    )
+    header = ("matrix", "rows", "bfloat16", "ours", "from 16 bits", "torch", "x bfloat16", "x torch")
+    rows: dict[str, list[Row]] = {}
+    for row in data.get("rows", ()):
+        us = row["us"]
+        ours = us.get("codes", us.get("x"))
+        if ours is None:
+            continue
+        faster = [us[name] / ours if name in us else None for name in ("bfloat16", "torch")]
+        times = (us.get("bfloat16"), ours, us.get("x"), us.get("torch"))
+        last = (f"{row['of_copy']:.0%}", row["flops"] / ours / 1e6)
+        name = f"{row['shape']} {row['n']} x {row['k']}"
+        rows.setdefault(row["kind"], []).append((name, row["rows"], *times, *faster, *last))
+    for kind, those in rows.items():
+        yield f"### {kind}"
+        yield table((*header, "of copy", "TFLOP/s"), those)
+    yield from _product_errors(data)
+
+
+def _product_errors(data: Mapping[str, Any]) -> Iterator[str]:
+    """The largest error of each kind, over all shapes."""
+    largest: dict[tuple[str, str], float] = {}
+    for row in data.get("rows", ()):
+        for name, error in row["errors"].items():
+            key = (row["kind"], name)
+            largest[key] = max(error, largest.get(key, 0.0))
+    yield "Errors, beside the product in float64: RMS of all, largest as a share of its row's RMS."
+    yield table(("weights", "given", "largest of all shapes"), [(*key, v) for key, v in largest.items()])
+
+
 def _generate(data: Mapping[str, Any]) -> Iterator[str]:
     keys = ("batch", "context", "new_tokens", "tok_s", "decode_tok_s", "first_token_s")
     header = ("batch", "context", "new tokens", "tok/s", "tok/s without prefill", "first token s")
@@ -166,7 +243,9 @@ _PARTS = {
     "kernel_cache": _kernel_cache,
     "ceilings": _ceilings,
     "kernels": _kernels,
+    "quantized_products": _quantized_products,
     "serving": _serving,
+    "serving_quantized": _serving_quantized,
     "serving_eager": _serving,
     "transformers_generate": _generate,
     "throughput": _throughput,

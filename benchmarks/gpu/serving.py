@@ -1,6 +1,6 @@
 """Decoding with the engine's own core: time of a step, tokens per second, share of the roofline, kernels.
 
-PYTHONPATH=src python benchmarks/gpu/serving.py --output serving.json [--enforce-eager]
+PYTHONPATH=src python benchmarks/gpu/serving.py --output serving.json [--enforce-eager | --quantization int4]
 
 Dummy weights, random prompts. A step's time is that between the returns of two steps, when all rows decode.
 """
@@ -22,6 +22,7 @@ from stage import Results, stage_arguments
 from timing import gpu_memory
 
 from halimede.engine.config import EngineConfig
+from halimede.engine.quant.online_names import ONLINE_METHODS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ GRAPHS = Plan(
     settings={"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 9216},
 )
 EAGER = replace(GRAPHS, contexts=(1024,), batches=(32, 1), profiled=frozenset({(1, 1024), (32, 1024)}))
+QUANTIZED = replace(
+    GRAPHS,
+    contexts=(1024,),
+    batches=(1, 16, 64),
+    profiled=frozenset({(1, 1024), (64, 1024)}),
+    settings={"max_num_seqs": 64, "max_num_batched_tokens": 8192, "max_model_len": 2048},
+)
 REHEARSED = Plan(
     contexts=(8,),
     batches=(2, 1, 9),  # the last is more than the cache holds
@@ -70,10 +78,17 @@ REHEARSED = Plan(
 REHEARSED_EAGER = replace(REHEARSED, batches=(1,), profiled=frozenset(), profiled_steps=0)
 
 
+def plan_of(*, rehearsed: bool, eager: bool, quantized: bool) -> Plan:
+    if rehearsed:
+        return REHEARSED_EAGER if eager or quantized else REHEARSED
+    return QUANTIZED if quantized else EAGER if eager else GRAPHS
+
+
 def measure_case(
     engine: SteppedEngine, geometry: Geometry, plan: Plan, batch: int, context: int, rate: float, *, gpu: bool
 ) -> dict[str, Any]:
     """One batch at one context. rate: bytes per second of a copy."""
+    weight_bytes = engine.streamed_bytes if engine.is_quantized else None
     prefilled = engine.prefill(batch, context)
     for _ in range(plan.untimed_steps):
         engine.step()
@@ -90,7 +105,7 @@ def measure_case(
         "p99_ms": float(np.percentile(times, 99)),
         "tok_s": batch / ms * 1e3,
         "prefill": prefilled,
-        **decode_share(geometry, batch, mean_context, ms, rate),
+        **decode_share(geometry, batch, mean_context, ms, rate, weight_bytes=weight_bytes),
     }
     if (batch, context) in plan.profiled:
         activities, num_steps = profile_steps(engine, plan.profiled_steps, gpu=gpu)
@@ -131,22 +146,24 @@ def main() -> int:
     parser = stage_arguments(__doc__)
     parser.add_argument("--geometry", help="a preset or a file; default llama-3-8b, on a CPU tiny")
     parser.add_argument("--enforce-eager", action="store_true", help="without graphs")
+    parser.add_argument("--quantization", choices=ONLINE_METHODS, help="of the weights; default: none")
     parser.add_argument("--block-size", type=int, default=16)
     options = parser.parse_args()
     device = torch.device(options.device)
     rehearsed = device.type == "cpu"
     name = options.geometry or ("tiny" if rehearsed else "llama-3-8b")
     geometry, note = choose_geometry(name, gpu_memory(device))
-    plans = (REHEARSED, REHEARSED_EAGER) if rehearsed else (GRAPHS, EAGER)
-    plan = plans[options.enforce_eager]
+    quantization = options.quantization
+    plan = plan_of(rehearsed=rehearsed, eager=options.enforce_eager, quantized=quantization is not None)
     settings = {**plan.settings, "block_size": options.block_size, "enforce_eager": options.enforce_eager}
-    facts = {"geometry": geometry.name, "settings": settings}
+    facts = {"geometry": geometry.name, "quantization": quantization, "settings": settings}
     results = Results(options.output, device, **facts)
     if note:
         results.note(note)
     if rehearsed:
         results.note("no GPU: kernels are torch's operations on the CPU, graphs there are none")
     rate = load_ceilings(options.output.parent, device)["copy_bytes_per_s"]
+    results.put("copy_bytes_per_s", rate)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(
             model=str(geometry.write(Path(folder))),
@@ -154,12 +171,14 @@ def main() -> int:
             skip_tokenizer_init=True,
             device=options.device,
             dtype="bfloat16",
+            quantization=quantization,
             **settings,
         )
         build_for_engines([config], device)
         start = time.perf_counter()
         engine = SteppedEngine(config, plan.steps)
         results.put("startup_s", time.perf_counter() - start)  # weights, KV cache, graphs
+        results.put("streamed_bytes", engine.streamed_bytes)
         measure(results, engine, geometry, plan, rate)
         engine.shutdown()
     return results.status

@@ -12,6 +12,9 @@ import torch
 from rehearsal import REHEARSAL
 from timing import describe
 
+CONTEXT_LOST = 3
+"""Exit status of a process whose GPU no longer answers: after an illegal access every call of it fails."""
+
 
 def stage_arguments(description: str | None) -> argparse.ArgumentParser:
     """--output and --device; "cpu" is a rehearsal: tiny shapes, kernels interpreted."""
@@ -23,17 +26,39 @@ def stage_arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-class Results:
-    """The JSON of a stage. `failures` lists what went wrong, `status` says whether anything did."""
+def gpu_answers(device: torch.device) -> bool:
+    """Whether what was launched has ended well; if not, nothing runs any more in this process."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
-    def __init__(self, output: Path, device: torch.device, **facts: Any) -> None:
-        self.output = output
+
+class Results:
+    """The JSON of a stage. `failures` lists what went wrong, `status` says whether anything did.
+
+    resume: go on with the file of an earlier process of the same stage.
+    """
+
+    def __init__(self, output: Path, device: torch.device, *, resume: bool = False, **facts: Any) -> None:
+        self.output, self._device = output, device
         self.rehearsal = device.type == "cpu"
-        self.data: dict[str, Any] = {"machine": describe(device), **facts, "notes": [], "failures": []}
+        self.data: dict[str, Any] = {}
+        if resume:
+            self.reload()
+            return
+        self.data = {"machine": describe(device), **facts, "notes": [], "failures": []}
         if self.rehearsal:
             self.data = {"rehearsal": REHEARSAL, **self.data}
             print(REHEARSAL, flush=True)
         self._write()
+
+    def reload(self) -> None:
+        """Take what another process of this stage has written."""
+        self.data = json.loads(self.output.read_text())
 
     def put(self, name: str, value: Any) -> None:
         self.data[name] = value
@@ -55,11 +80,17 @@ class Results:
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """What raises inside is written down and leaves the rest alone."""
+        """What raises inside is written down and leaves the rest alone.
+
+        SystemExit(CONTEXT_LOST) where the GPU does not answer after it: what followed would fail for that.
+        """
         try:
             yield
         except Exception as error:
             self.fail(what, f"{type(error).__name__}: {error}")
+            if not gpu_answers(self._device):
+                self.note(f"the GPU does not answer any more after {what}: this process ends here")
+                raise SystemExit(CONTEXT_LOST) from error
 
     @property
     def status(self) -> int:

@@ -18,6 +18,7 @@ from halimede.engine.cli.kernels import app as kernels
 from halimede.engine.cli.models import models
 from halimede.engine.cli.options import with_engine_options, with_options
 from halimede.engine.cli.quantize import quantize
+from halimede.engine.cli.tune import tune
 from halimede.engine.cli.warmup import warmup
 from halimede.errors import HalimedeError
 
@@ -42,6 +43,9 @@ app.command("batch", no_args_is_help=True, short_help="Run a file of requests, o
 )
 app.command("warmup", no_args_is_help=True, short_help="Build a model's GPU kernels, without a GPU.")(
     with_engine_options(warmup)
+)
+app.command("tune", no_args_is_help=True, short_help="Find a model's fastest kernel configs, on a GPU.")(
+    with_engine_options(tune)
 )
 app.command("quantize", no_args_is_help=True, short_help="Write a quantized checkpoint of a plain one.")(
     quantize

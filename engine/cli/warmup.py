@@ -67,12 +67,14 @@ def warmup(
         from halimede.engine.warmup.pool import build_all, default_jobs
         from halimede.engine.warmup.serving import kernel_cache_folder
         from halimede.kernels.store import KernelStore
+        from halimede.kernels.tuning import tables_in
     except ImportError as error:
         raise KernelError(
             f"Triton, which compiles kernels, cannot be imported ({error}); pip install triton (Linux only)"
         ) from error
-    wanted = _specialisations(config, targets)
     folder = kernel_cache_folder(config)
+    with tables_in(folder):
+        wanted = _specialisations(config, targets)
     jobs = jobs or default_jobs()
     with Progress(jobs) as progress:
         try:

@@ -7,6 +7,7 @@ from halimede.engine.layers.attention_step import AttentionStep
 from halimede.engine.layers.linear import Linear, MergedLinear
 from halimede.engine.layers.norm import RMSNorm
 from halimede.engine.model_input import KVCache
+from halimede.engine.quant.forms.base import Activations
 
 
 class SelfAttention(nn.Module):
@@ -39,12 +40,12 @@ class SelfAttention(nn.Module):
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, step: AttentionStep, kv_cache: KVCache) -> torch.Tensor:
+    def forward(self, hidden_states: Activations, step: AttentionStep, kv_cache: KVCache) -> torch.Tensor:
         """(T, hidden) -> (T, hidden), or (S, hidden) of the step's outputs; see AttentionStep."""
         qkv: torch.Tensor = self.qkv_proj(hidden_states)
         qkv = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         context = step.attend(qkv, self, kv_cache)
         if context.shape[0] == 0:
-            return hidden_states[:0]
+            return qkv.new_empty(0, self.o_proj.out_features)
         output: torch.Tensor = self.o_proj(context.view(-1, self.num_heads * self.head_dim))
         return output

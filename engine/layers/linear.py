@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halimede.engine.quant.forms.base import WeightForm
+from halimede.engine.quant.forms.base import Activations, WeightForm
 from halimede.kernels.matmul import matmul, pack_weight
 from halimede.kernels.matmul_bags import bag_product, table_of
 
@@ -35,16 +35,19 @@ class Linear(nn.Module):
         self.register_buffer("table", None, persistent=False)
 
     def prepare(self, dtype: torch.dtype, *, twice: bool = True, shared: bool = False) -> None:
-        """On a CPU: lay the weight out as it is multiplied fastest with activations of `dtype`.
+        """Give the bias to the form that adds it. On a CPU: lay a plain weight out as it is multiplied
+        fastest with activations of `dtype`.
 
         twice: 16-bit weights may be kept in two forms, one for a single row and one for more. Otherwise only
         in the one that is right for both. shared: others read the weight too, so it must stay as it is.
         """
-        if self.weight.device.type != "cpu":
+        if self.form is None and self.weight.device.type != "cpu":
             return
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         if self.form is not None:
+            if self.bias is not None and self.form.take_bias(self.bias):
+                self.bias = None
             return
         widened = self.weight.dtype != dtype
         if not twice and widened:
@@ -69,13 +72,14 @@ class Linear(nn.Module):
             table = self.weight.detach().view(-1).copy_(table.view(-1)).view(table.shape)
         self.table = table
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K_in) -> (..., N_out)."""
-        if x.device.type == "meta":  # for this torch would import sympy, which takes 0.6 s
-            return x.new_empty(*x.shape[:-1], self.out_features)
+    def forward(self, x: Activations) -> torch.Tensor:
+        """(..., K_in) -> (..., N_out). x is quantized only if that is as the form says."""
         if self.form is not None:
             y: torch.Tensor = self.form(x)
             return y if self.bias is None else y.add_(self.bias)
+        assert isinstance(x, torch.Tensor), "a plain weight takes activations as they are"
+        if x.device.type == "meta":  # for this torch would import sympy, which takes 0.6 s
+            return x.new_empty(*x.shape[:-1], self.out_features)
         if x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
         if self.table is not None and x.shape[0] == 1:

@@ -69,14 +69,23 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """The first half of `forward`: (T, hidden), or (S, hidden) of a step for outputs only."""
         norm = self.input_layernorm
-        hidden_states = norm(residual) if hidden_states is None else norm.add(hidden_states, residual)
-        attended: torch.Tensor = self.self_attn(hidden_states, step, kv_cache)
+        if hidden_states is None:
+            normed = norm.for_product(residual)
+        else:
+            normed = norm.add_for_product(hidden_states, residual)
+        attended: torch.Tensor = self.self_attn(normed, step, kv_cache)
         return attended
 
     def feed_forward(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The second half: adds `attended` (T, hidden) to the residual, returns the layer's output."""
-        output: torch.Tensor = self.mlp(self.post_attention_layernorm.add(attended, residual))
+        normed = self.post_attention_layernorm.add_for_product(attended, residual)
+        output: torch.Tensor = self.mlp(normed)
         return output
+
+    def prepare(self) -> None:
+        """Tell the norms before products which those are. The norms and the products are prepared."""
+        self.input_layernorm.feeds(self.self_attn.qkv_proj)
+        self.post_attention_layernorm.feeds(self.mlp.gate_up_proj)
 
 
 class Decoder(nn.Module):
@@ -102,8 +111,13 @@ class Decoder(nn.Module):
         return self.rotary_emb if window is None or local is None else local
 
     def prepare(self, device: torch.device, max_model_len: int, backend: Backend) -> None:
-        """Build the tables of the rotary embeddings for positions < max_model_len. The weights are loaded."""
+        """Build the tables of the rotary embeddings for positions < max_model_len, and prepare the layers.
+
+        What layers consist of is prepared.
+        """
         self._backend = backend
+        for layer in self.layers:
+            layer.prepare()  # type: ignore[operator]  # nn.Module.__getattr__ says Tensor
         recorded = device.type == "cpu" and isinstance(backend, TorchBackend)
         self._traces = LayerTraces(self.layers, self._group_of_layer) if recorded else None
         for rotary_emb in (self.rotary_emb, self.rotary_emb_local):

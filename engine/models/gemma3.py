@@ -61,9 +61,14 @@ class Gemma3DecoderLayer(DecoderLayer):
     def feed_forward(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """As DecoderLayer.feed_forward."""
         attended = self.post_attention_layernorm(attended)
-        hidden_states = self.pre_feedforward_layernorm.add(attended, residual)
-        output: torch.Tensor = self.post_feedforward_layernorm(self.mlp(hidden_states))
+        normed = self.pre_feedforward_layernorm.add_for_product(attended, residual)
+        output: torch.Tensor = self.post_feedforward_layernorm(self.mlp(normed))
         return output
+
+    def prepare(self) -> None:
+        """As DecoderLayer.prepare."""
+        self.input_layernorm.feeds(self.self_attn.qkv_proj)
+        self.pre_feedforward_layernorm.feeds(self.mlp.gate_up_proj)
 
 
 class Gemma3ForCausalLM(CausalLM):

@@ -20,6 +20,7 @@ from halimede.kernels.library import KernelLibrary, using
 from halimede.kernels.specialise import Specialisation
 from halimede.kernels.store import KernelStore
 from halimede.kernels.target import Target
+from halimede.kernels.tuning import tables_in
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,11 @@ class ServingKernels:
         self.library = library
         self._specialisations = specialisations
 
-    def in_use(self) -> contextlib.AbstractContextManager[None]:
-        """Launches inside take their kernels from the library."""
-        return using(self.library)
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Launches inside take their kernels from the library, and their choices from its folder's table."""
+        with using(self.library), tables_in(self.library.store.folder):
+            yield
 
     @contextlib.contextmanager
     def loading(self, device: torch.device) -> Iterator[None]:
@@ -87,7 +90,8 @@ def open_serving_kernels(
     folder = kernel_cache_folder(config)
     command = warmup_command(config, target.machine, folder)
     library = KernelLibrary(KernelStore(folder), config.jit, remedy=f"`{command}`")
-    specialisations = serving_specialisations(config, model_config, settings, target)
+    with tables_in(folder):
+        specialisations = serving_specialisations(config, model_config, settings, target)
     library.require(specialisations)
     return ServingKernels(library, specialisations)
 

@@ -4,8 +4,7 @@ The model is built on the meta device and given every kind of step there is; lau
 have been compiled for. So whatever the layers, the sampler and the launchers decide is decided by themselves.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,20 +16,16 @@ from halimede.engine.layers.attention_gpu import (
     PagedRows,
     TritonAttention,
 )
-from halimede.engine.layers.embedding import Embedding
-from halimede.engine.layers.linear import Linear
-from halimede.engine.loader.quantized import find_quantized
-from halimede.engine.loader.weights import assign_parameters, parameter_dtype
 from halimede.engine.model_input import KVCache
 from halimede.engine.models.base import CausalLM
 from halimede.engine.models.config import ModelConfig
-from halimede.engine.models.registry import build_model
-from halimede.engine.quant.forms.base import Placement, UnloadedForm
+from halimede.engine.quant.forms.base import WeightForm
 from halimede.engine.runner.device_rows import DeviceRows
 from halimede.engine.runner.kv_cache import KVCacheSpec, allocate_kv_caches
 from halimede.engine.runner.rows import RowLimits
 from halimede.engine.runner.sampling_metadata import build_sampling_metadata
 from halimede.engine.runner.settings import ExecutionSettings
+from halimede.engine.warmup.meta_model import meta_models
 from halimede.engine.warmup.steps import model_steps, sampling_plans
 from halimede.kernels.gpu.logprobs import LIMITS
 from halimede.kernels.launch import Launch, intercepting
@@ -62,11 +57,33 @@ def serving_specialisations(
     return list(found.values())
 
 
+def serving_launches(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    settings: ExecutionSettings,
+    target: Target,
+    sizes: Sequence[int],
+) -> list[Launch]:
+    """What serving launches on a target in steps of so many tokens, on meta tensors, and to choose tokens."""
+    found: list[Launch] = []
+    with intercepting(target, found.append), torch.inference_mode():
+        _run_steps(config, model_config, settings, target, sizes)
+    return found
+
+
 def _run_steps(
-    config: EngineConfig, model_config: ModelConfig, settings: ExecutionSettings, target: Target
+    config: EngineConfig,
+    model_config: ModelConfig,
+    settings: ExecutionSettings,
+    target: Target,
+    sizes: Sequence[int] | None = None,
 ) -> None:
-    for quantized in _quantized_variants(model_config):
-        model = _model_on_meta(config, model_config, settings, quantized)
+    """sizes: of the only steps, in tokens; None: the fewest, the most, and those that meet every choice.
+
+    With sizes, no step leaves out hidden states that are no outputs: the last layer would have other sizes.
+    """
+    for model in meta_models(model_config, settings.dtype):
+        model.prepare(_META, settings.activations, _POSITIONS, backend=_backend(config, settings))
         spec = KVCacheSpec.from_model(
             model.config, dtype=settings.kv_cache_dtype, block_size=config.block_size
         )
@@ -75,9 +92,10 @@ def _run_steps(
                 config.max_num_seqs,
                 config.max_num_batched_tokens,
                 settings.max_model_len,
-                tuned_sizes(target),
+                _sizes(model, target) if sizes is None else sizes,
             ):
-                model(step, kv_caches)
+                if sizes is None or (step.outputs is None and step.input_ids.shape[0] in sizes):
+                    model.compute_logits(model(step, kv_caches))
     hidden = torch.empty(2, model_config.hidden_size, dtype=settings.activations, device=_META)
     limits = RowLimits(
         config.max_num_seqs, config.max_num_batched_tokens, settings.max_model_len, config.block_size
@@ -89,6 +107,22 @@ def _run_steps(
         rows.choose_with(plan)(model.compute_logits(hidden[: len(plan.layout.sampled)]), metadata)
 
 
+def _backend(config: EngineConfig, settings: ExecutionSettings) -> GpuBackend:
+    attention: PagedAttention = _NoKernels()
+    if settings.attention == "triton":
+        attention = TritonAttention(settings.max_model_len, config.max_num_seqs)
+    return GpuBackend(attention)
+
+
+def _sizes(model: CausalLM, target: Target) -> list[int]:
+    """Numbers of tokens and rows that together meet every choice that hangs on them."""
+    sizes = set(tuned_sizes(target))
+    for module in model.modules():
+        if isinstance(module, WeightForm):
+            sizes.update(module.row_buckets, [module.row_buckets[-1] + 1] if module.row_buckets else [])
+    return sorted(sizes)
+
+
 def _caches(spec: KVCacheSpec, target: Target) -> Iterator[tuple[KVCache, ...]]:
     """Caches of every size that makes a difference; how large it will be hangs on the GPU's memory."""
     yield allocate_kv_caches(spec, 2, _META)
@@ -96,52 +130,6 @@ def _caches(spec: KVCacheSpec, target: Target) -> Iterator[tuple[KVCache, ...]]:
         # Triton for AMD compiles other code for tensors that 32-bit offsets do not reach all of.
         block = spec.num_kv_heads * spec.block_size * spec.head_dim * spec.dtype.itemsize
         yield allocate_kv_caches(spec, -(-_LONG_STORAGE // block), _META)
-
-
-def _quantized_variants(config: ModelConfig) -> list[frozenset[str]]:
-    """Which modules are quantized, by the end of their names, in each kind of layer that the model has.
-
-    Only those matter in whose place a kernel runs when they are not quantized.
-    """
-    modules = find_quantized(build_model(config), config.quantization)
-    names = [module.path.rpartition(".")[2] for module in modules]
-    embedding = {"embed_tokens"} & set(names)
-    gates = names.count("gate_up_proj")
-    variants = [frozenset(embedding)] if gates < config.num_hidden_layers else []
-    return [*variants, frozenset(embedding | {"gate_up_proj"})] if gates else variants
-
-
-def _model_on_meta(
-    engine_config: EngineConfig, config: ModelConfig, settings: ExecutionSettings, quantized: frozenset[str]
-) -> CausalLM:
-    model = build_model(_with_few_layers(config))
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in quantized and isinstance(module, Linear | Embedding):
-            shape = module.weight.shape[0], module.weight.shape[1]
-            module.take_form(UnloadedForm(shape, Placement(_META, settings.dtype)))
-    assign_parameters(
-        model,
-        {
-            name: torch.empty(
-                parameter.shape, dtype=parameter_dtype(model, name, settings.dtype), device=_META
-            )
-            for name, parameter in model.named_parameters()
-        },
-    )
-    attention: PagedAttention = _NoKernels()
-    if settings.attention == "triton":
-        attention = TritonAttention(settings.max_model_len, engine_config.max_num_seqs)
-    model.prepare(_META, settings.activations, _POSITIONS, backend=GpuBackend(attention))
-    return model
-
-
-def _with_few_layers(config: ModelConfig) -> ModelConfig:
-    """A layer of each kind and the last one, which is run for the outputs alone; layers differ by window."""
-    kinds = list(dict.fromkeys(config.sliding_windows))
-    if config.num_hidden_layers <= len(kinds) + 1:
-        return config
-    windows = (*kinds, config.sliding_windows[-1])
-    return replace(config, num_hidden_layers=len(windows), sliding_windows=windows)
 
 
 def _logprob_counts(config: EngineConfig, model_config: ModelConfig) -> list[int]:

@@ -19,6 +19,7 @@ K is not split and the blocks do not depend on M, so a row's sum has the same or
 bits, at every run and whatever rows are beside it.
 """
 
+import itertools
 from functools import cache
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -29,10 +30,10 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels.gpu.activation import _activated
-from halimede.kernels.gpu.gated_matmul_cases import CASES, SIGNATURES, reference
+from halimede.kernels.gpu.gated_matmul_cases import CASES, SIGNATURES, case_of, reference
 from halimede.kernels.gpu.rows import aligned_strides
-from halimede.kernels.launch import Variant, target_of
-from halimede.kernels.spec import Fault, KernelSpec, Tensors
+from halimede.kernels.launch import Launch, Variant, target_of
+from halimede.kernels.spec import Fault, KernelSpec, Tensors, TuningSpace
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, pick_config
 from halimede.kernels.variant_key import Layout, layout
@@ -219,6 +220,23 @@ def _amd_choice(target: Target, size: int, inner: int) -> tuple[int, int, int, i
     return block_n, 64 if inner % 128 else 128, block_n // 8, num_stages
 
 
+def _configs(target: Target, launch: Launch) -> list[KernelConfig]:
+    """What tuning tries. BLOCK_M stays, so that a row's result does not depend on how many there are."""
+    inner, is_cuda = launch.constants["INNER"], target.backend == "cuda"
+    found = []
+    for block_n, block_k in itertools.product((16, 32, 64, 128), (64, 128, 256)):
+        if inner % block_k and block_k > 64:
+            continue
+        tile = 2 * block_k * (2 * block_n + launch.constants["BLOCK_M"])
+        for num_warps, num_stages in itertools.product(
+            (4, 8) if is_cuda else (1, 2, 4, 8), (2, 3, 4, 5, 6) if is_cuda else (2, 3)
+        ):
+            if tile * (num_stages if is_cuda else 1) <= target.shared_memory:
+                blocks = {"BLOCK_M": launch.constants["BLOCK_M"], "BLOCK_N": block_n, "BLOCK_K": block_k}
+                found.append(KernelConfig(blocks, num_warps=num_warps, num_stages=num_stages))
+    return found
+
+
 def _run(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: GatedActivation
 ) -> Tensors:
@@ -249,5 +267,7 @@ SPECS = (
             Fault("acc += tl.load(bias_ptr", "acc -= tl.load(bias_ptr"),
         ),
         matrix_product=True,
+        # Rounded once: half a step of bfloat16.
+        space=TuningSpace(_gated_matmul_kernel, _configs, case_of, error=4e-3),
     ),
 )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from halimede.kernels.gpu.activation import Activation, activate_reference
+from halimede.kernels.launch import Launch
 from halimede.kernels.spec import Case, Tensors, Work
 
 _BF16, _FP16 = torch.bfloat16, torch.float16
@@ -42,6 +43,17 @@ def _case(
 
     moved = 2 * size * (inner + bias) + rows * (inner + size)
     return Case(name, make, Work(bytes=moved * dtype.itemsize, flops=4 * rows * size * inner))
+
+
+def case_of(launch: Launch) -> Case:
+    """With the shapes of a launch of the kernel."""
+    x, _, bias = launch.args[:3]
+    rows, inner = x.shape
+    size, activation = launch.constants["SIZE"], launch.constants["ACTIVATION"]
+    stride = x.stride(0) if rows > 1 and x.stride(0) != inner else 0
+    name = f"{rows} x {inner} to {size}, {str(x.dtype).removeprefix('torch.')}, {activation}"
+    name += (", bias" if bias is not None else "") + (f", rows {stride} apart" if stride else "")
+    return _case(name, rows, inner, size, x.dtype, activation, bias=bias is not None, stride=stride)
 
 
 CASES = (

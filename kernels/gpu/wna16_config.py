@@ -9,7 +9,7 @@ from halimede.kernels.gpu.wna16_layout import UNIT, Facts
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig
 
-ROW_BUCKETS = (16, 32, 64, 128, 256, 1 << 30)
+ROW_BUCKETS = (16, 32, 64, 128, 256, 512, 1 << 30)
 """Numbers of rows up to which one choice is made; the last has no end."""
 
 _WIDE = 198  # row blocks of 128: one and a half for each processor of a large GPU
@@ -29,7 +29,7 @@ def config_for(target: Target, facts: Facts, bucket: int, *, deterministic: bool
     wide = facts.shape[0] >= 128 * _WIDE
     if bucket <= 64:
         block_n = 128 if wide and (bucket > 32 or few) else 64
-        splits = _splits(facts, block_n, 512 if bucket <= 16 else 264)
+        splits = 1 if wide else _splits(facts, block_n, 512 if bucket <= 16 else 264)
         return _config(target, facts, few, splits, bucket, block_n, 4)
     if bucket <= 256 or not target.wgmma:
         few = few and target.name != "sm_120"  # it would spill
@@ -37,6 +37,8 @@ def config_for(target: Target, facts: Facts, bucket: int, *, deterministic: bool
         block_m = 128 if wide and bucket == 128 and target.wgmma else 64
         splits = _splits(facts, block_n, 128) if bucket <= 128 else 1
         return _config(target, facts, few, splits, block_m, block_n, warps)
+    if bucket <= 512:
+        return _config(target, facts, few, 1, 128, 128, 8)
     return _config(target, facts, False, 1, 256, 128, 8)
 
 
@@ -62,10 +64,10 @@ def _splits(facts: Facts, block_n: int, programs: int) -> int:
 
 
 def _stages(target: Target, facts: Facts, block_m: int, block_n: int, warps: int) -> int:
-    """As many units ahead as shared memory holds for two programs of 4 warps, or one of 8."""
+    """As many units ahead as shared memory holds for the programs of a processor: 2 or 3 of 4 warps, 1 of 8."""
     if target.backend == "hip":
         return 1 if facts.has_table and target.warp_size == 32 else 2
     unit = UNIT * (block_n * facts.bits // 8 + 2 * block_m) + 16 * block_n
-    programs = 2 if warps == 4 else 1
+    programs = 1 if warps == 8 else 3 if block_m == block_n == 64 else 2
     most = 6 if block_n == 128 and block_m <= 16 else 4
     return max(2, min(most, (target.shared_memory // programs - 2048) // unit))

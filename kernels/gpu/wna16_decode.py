@@ -105,12 +105,11 @@ def over_words(values, WORDS: tl.constexpr, HIP: tl.constexpr):
     ROWS: tl.constexpr = values.shape[0]
     G: tl.constexpr = values.shape[2]
     values = values.permute(0, 2, 1)
+    EACH: tl.constexpr = WORDS // 16 // G  # steps of 16 words that have one number
     if HIP:
-        STEPS: tl.constexpr = WORDS // 16
-        values = values.reshape(ROWS, G, 1, 4, 1).broadcast_to(ROWS, G, STEPS // G, 4, 4)
+        values = values.reshape(ROWS, G, 1, 4, 1).broadcast_to(ROWS, G, EACH, 4, 4)
     else:
-        STEPS: tl.constexpr = WORDS // 16
-        values = values.reshape(ROWS, G, 1, 1, 4, 1).broadcast_to(ROWS, G, STEPS // G, 2, 4, 2)
+        values = values.reshape(ROWS, G, 1, 1, 4, 1).broadcast_to(ROWS, G, EACH, 2, 4, 2)
     return values.reshape(ROWS, WORDS)
 
 

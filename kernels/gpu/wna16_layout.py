@@ -157,7 +157,7 @@ def _in_thread_order(words: torch.Tensor, backend: Backend) -> torch.Tensor:
     else:  # warp, a, l / 4 | u, c, l % 4, b
         split = words.view(-1, 4, 2, 8, units, width // 16, 2, 4, 2)
         ordered = split.permute(0, 4, 5, 1, 3, 7, 6, 2, 8)
-    return ordered.reshape(rows // ROW_BLOCK, units, ROW_BLOCK * width)
+    return ordered.reshape(rows // ROW_BLOCK, units, ROW_BLOCK * width).contiguous()
 
 
 def _records_of(kinds: Sequence[torch.Tensor], group_size: int, units: int, backend: Backend) -> torch.Tensor:
@@ -174,7 +174,8 @@ def _records_of(kinds: Sequence[torch.Tensor], group_size: int, units: int, back
     else:  # warp, a, l / 4 | group, kind
         split = filled.view(-1, 4, 2, 8, count // groups, groups, len(kinds))
         ordered = split.permute(0, 4, 1, 3, 5, 6, 2)
-    return ordered.reshape(rows // ROW_BLOCK, count // groups, ROW_BLOCK * groups * len(kinds))
+    shape = rows // ROW_BLOCK, count // groups, ROW_BLOCK * groups * len(kinds)
+    return ordered.reshape(shape).contiguous()  # a view, if only one of them is more than 1
 
 
 def gated_operand(weight: WNA16Operand) -> WNA16Operand:
@@ -230,7 +231,7 @@ class _ByEights:
         """As it lies in the operand."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         moved = rows.reshape([self.view[dim] for dim in self.order])
-        return moved.permute(inverse).reshape(self.shape)
+        return moved.permute(inverse).reshape(self.shape).contiguous()
 
 
 def _words_by_eights(weight: WNA16Operand) -> _ByEights:

@@ -51,7 +51,7 @@ from halimede.kernels.gpu.wna16_unit import codes_of_part, finished, scaled_unit
 from halimede.kernels.launch import Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors
 from halimede.kernels.target import Target
-from halimede.kernels.tuning import pick_config
+from halimede.kernels.tuning import KernelConfig, pick_config
 from halimede.kernels.variant_key import Layout, layout
 
 GatedActivation = Literal["silu", "gelu_tanh"]
@@ -167,14 +167,12 @@ def _store(
     if bias_ptr is not None:
         columns = first_column + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + columns, mask=columns < SIZE, other=0.0).to(tl.float32)[:, None]
-    if ACTIVATION is None:
-        columns = first_column + tl.arange(0, BLOCK_N)
-        stride: tl.constexpr = SIZE
-    else:
+    HALVES: tl.constexpr = 1 if ACTIVATION is None else 2
+    if ACTIVATION is not None:
         gate, up = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1).split()
         acc = (_activated(gate, ACTIVATION) * up).reshape(BLOCK_N // 2, BLOCK_M)
-        columns = first_column // 2 + tl.arange(0, BLOCK_N // 2)
-        stride: tl.constexpr = SIZE // 2
+    columns = first_column // HALVES + tl.arange(0, BLOCK_N // HALVES)
+    stride: tl.constexpr = SIZE // HALVES
     is_y = is_row & (columns < stride)[:, None]
     tl.store(y_tile + rows[None, :] * stride + columns[:, None], acc.to(y_tile.dtype.element_ty), mask=is_y)
 
@@ -206,7 +204,6 @@ def wna16_matmul(
         shape[1],
         unit,
         weight.facts,
-        layout(weight.words),
         layout(weight.records),
         layout(bias),
         activation,
@@ -246,7 +243,6 @@ def _variant(
     inner: int,
     unit: int,
     facts: Facts,
-    words: Layout | None,
     records: Layout | None,
     bias: Layout | None,
     activation: str | None,
@@ -255,8 +251,40 @@ def _variant(
     compiled: bool,
 ) -> Variant:
     """dtype, inner: x's and its K. unit: see aligned_strides. compiled: not interpreted."""
-    assert words is not None
     assert records is not None
+    _check(target, dtype, inner, facts, bias, activation)
+
+    def heuristic() -> KernelConfig:
+        return config_for(target, facts, bucket, deterministic=deterministic)
+
+    # A table has what is fastest for a number of rows, and that is what must not matter.
+    key = f"{dtype},{records[0]},{facts.key}"
+    config = heuristic() if deterministic else pick_config("wna16_matmul", target, key, bucket, heuristic)
+    return Variant(
+        _wna16_matmul_kernel,
+        config,
+        UNIT=unit,
+        SIZE=facts.shape[0],
+        INNER=inner,
+        BITS=facts.bits,
+        GROUP=facts.group_size,
+        ZERO=facts.zero,
+        HAS_ZEROS=facts.has_zeros,
+        HAS_OFFSETS=facts.has_offsets,
+        ACTIVATION=activation,
+        HIP=target.backend == "hip",
+        PTX=compiled and target.backend == "cuda",
+    )
+
+
+def _check(
+    target: Target,
+    dtype: torch.dtype,
+    inner: int,
+    facts: Facts,
+    bias: Layout | None,
+    activation: str | None,
+) -> None:
     if dtype not in _FLOATS or inner != facts.shape[1]:
         raise KernelError(
             f"wna16_matmul takes x (M, {facts.shape[1]}) of float16 or bfloat16 for a weight "
@@ -277,29 +305,6 @@ def _variant(
             f"activation {activation!r} does not suit a weight that is {'' if facts.gated else 'not '}laid "
             f"out as gate and up; use {'one of: ' + ', '.join(_ACTIVATIONS) if facts.gated else 'None'}"
         )
-    key = f"{dtype},{records[0]},{facts.key}"
-    config = pick_config(
-        "wna16_matmul",
-        target,
-        key,
-        bucket,
-        lambda: config_for(target, facts, bucket, deterministic=deterministic),
-    )
-    return Variant(
-        _wna16_matmul_kernel,
-        config,
-        UNIT=unit,
-        SIZE=facts.shape[0],
-        INNER=inner,
-        BITS=facts.bits,
-        GROUP=facts.group_size,
-        ZERO=facts.zero,
-        HAS_ZEROS=facts.has_zeros,
-        HAS_OFFSETS=facts.has_offsets,
-        ACTIVATION=activation,
-        HIP=target.backend == "hip",
-        PTX=compiled and target.backend == "cuda",
-    )
 
 
 def _run(

@@ -44,6 +44,7 @@ def main(folder: str, target_name: str, library: str, cache: str, jit: str) -> d
         driver,
         index=0,
         start=lambda index, start, grid, values: start(grid, 0, values),
+        allocate=lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8),
     )
     launches = 0
 

@@ -14,11 +14,15 @@ from halimede import LLM, SamplingParams
 from halimede.engine.executor import settings as settings_module
 from halimede.engine.layers import mlp
 from halimede.engine.layers.linear import Linear
+from halimede.engine.loader import dummy
+from halimede.engine.loader.host_memory import WeightMemory
+from halimede.engine.quant.forms.base import Activations, Placement, QuantizedActivations
 from halimede.kernels.launch import Launch, intercepting
 from halimede.kernels.target import Target
 
 VOCAB_SIZE = 512
 LONGEST = 700
+META = torch.device("meta")
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -89,7 +93,10 @@ def write_model(folder: Path, name: str, **changes: Any) -> Path:
 
 @contextlib.contextmanager
 def nothing_computed(target: Target, on_launch: Callable[[Launch], None]) -> Iterator[None]:
-    """Launches are for `target` and go to `on_launch`; matrix products and sampled tokens are made up."""
+    """Launches are for `target` and go to `on_launch`; matrix products and sampled tokens are made up.
+
+    Quantized weights are laid out as on the target, and their products launch what they do there.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def intercept(launch: Launch) -> None:
@@ -100,13 +107,26 @@ def nothing_computed(target: Target, on_launch: Callable[[Launch], None]) -> Ite
         elif launch.kernel.__name__ == "_logprobs_kernel":
             given["out_ptr"].zero_()
 
-    def product(self: Linear, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(x.shape[0], self.out_features)
+    def product(self: Linear, x: Activations) -> torch.Tensor:
+        size = self.out_features
+        if self.form is not None:
+            size = self.form(_on_meta(x)).shape[1]
+        if isinstance(x, QuantizedActivations):
+            return torch.zeros(x.codes.shape[0], size, dtype=x.dtype)
+        return x.new_zeros(x.shape[0], size)
+
+    def prepare(self: Linear, *args: Any, **options: Any) -> None:
+        if self.form is not None:
+            before[1](self, *args, **options)
+
+    def put_form(model: Any, module: Any, weights: Any, to: Placement, memory: Any) -> None:
+        put_form_before(model, module, weights, Placement(META, to.dtype), WeightMemory(META))
 
     before = Linear.forward, Linear.prepare, settings_module.resolve_activation_dtype
+    put_form_before, dummy.put_form = dummy.put_form, put_form  # type: ignore[attr-defined]
     is_for_gated_matmul = mlp.is_for_gated_matmul
     mlp.is_for_gated_matmul = lambda weight: weight.dtype.itemsize == 2
-    Linear.forward, Linear.prepare = product, lambda self, *args, **options: None  # type: ignore
+    Linear.forward, Linear.prepare = product, prepare  # type: ignore
     settings_module.resolve_activation_dtype = lambda dtype, device: dtype  # as on a GPU
     try:
         with intercepting(target, intercept):
@@ -115,6 +135,13 @@ def nothing_computed(target: Target, on_launch: Callable[[Launch], None]) -> Ite
         Linear.forward, Linear.prepare = before[:2]  # type: ignore[method-assign]
         settings_module.resolve_activation_dtype = before[2]
         mlp.is_for_gated_matmul = is_for_gated_matmul
+        dummy.put_form = put_form_before  # type: ignore[attr-defined]
+
+
+def _on_meta(x: Activations) -> Activations:
+    if isinstance(x, QuantizedActivations):
+        return QuantizedActivations(x.codes.to(META), x.scales.to(META), x.dtype)
+    return x.to(META)
 
 
 def open_llm(folder: Path, **settings: Any) -> LLM:

@@ -15,6 +15,7 @@ from halimede.kernels.device_kernels import DeviceKernels
 from halimede.kernels.gpu.norm import rms_norm
 from halimede.kernels.gpu_driver import cuda_driver, hip_driver
 from halimede.kernels.launch import Launch, Variant, intercepting, launch
+from halimede.kernels.launch_plan import Allocate, device_memory
 from halimede.kernels.library import KernelLibrary, current_library, using
 from halimede.kernels.store import KernelStore
 from halimede.kernels.target import TARGETS
@@ -42,13 +43,15 @@ def library(tmp_path: Path) -> KernelLibrary:
     return KernelLibrary(KernelStore(tmp_path / "cache"))
 
 
-def device(library: KernelLibrary, stub: StubGpu, target: str) -> DeviceKernels:
+def device(
+    library: KernelLibrary, stub: StubGpu, target: str, allocate: Allocate = device_memory
+) -> DeviceKernels:
     def start(index: int, launch: Any, grid: Any, values: Any) -> None:
         assert index == 0
         launch(grid, 77, values)
 
     driver = (cuda_driver if target.startswith("sm") else hip_driver)(str(stub.library))
-    return DeviceKernels(library, TARGETS[target], driver, index=0, start=start)
+    return DeviceKernels(library, TARGETS[target], driver, index=0, start=start, allocate=allocate)
 
 
 def fill(kernels: DeviceKernels, x: torch.Tensor, y: torch.Tensor | None, size: int = 5) -> None:
@@ -167,3 +170,42 @@ def test_launchers_find_the_library_in_use(
         launch(_fill_kernel, (0,), x, None, 1.0, 64, config=CONFIG)
     assert len(cuda_stub.launches()) == 2
     assert library.counters.jit_compiles_total == 1
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _described_kernel(x_ptr, y_ptr, rows, SIZE: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, [rows, SIZE], [SIZE, 1], [16, SIZE])
+    y = tl.make_tensor_descriptor(y_ptr, [rows, SIZE], [SIZE, 1], [16, SIZE])
+    at = tl.program_id(0) * 16
+    y.store([at, 0], x.load([at, 0]) * 2)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_descriptors_made_on_the_device_have_memory_there(
+    target: str, library: KernelLibrary, cuda_stub: StubGpu, hip_stub: StubGpu
+) -> None:
+    stub = cuda_stub if target == "sm_90" else hip_stub
+    asked: list[torch.Tensor] = []
+
+    def allocate(num_bytes: int) -> torch.Tensor:
+        asked.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return asked[-1]
+
+    config = KernelConfig({}, num_warps=4, num_stages=2)
+    x, y = torch.zeros(2, 64, 64, dtype=torch.bfloat16)
+    stub.tell_parameters("_described_kernel", [8, 8, 4, 8, 8])
+    for _ in range(2):  # the second takes the code, and what it asks for, from the cache
+        kernels = device(library, stub, target, allocate)
+        kernels.launch(_described_kernel, (4,), (x, y, 64), config, {"SIZE": 64})
+    assert library.counters.jit_compiles_total == 1
+    (entry,) = library.store.entries()
+    pointers = [int.from_bytes(bytes.fromhex(one.parameters[3]), "little") for one in stub.launches()]
+    if target == "sm_90":  # two descriptors of 128 bytes
+        assert (entry.scratch_bytes, entry.scratch_align) == (256, 128)
+        assert all(
+            memory.data_ptr() <= pointer <= memory.data_ptr() + memory.numel() - 4 * 256
+            for memory, pointer in zip(asked, pointers, strict=True)
+        )
+        assert [pointer % 128 for pointer in pointers] == [0, 0]
+    else:  # plain pointers there
+        assert (entry.scratch_bytes, asked, pointers) == (0, [], [0, 0])

@@ -215,6 +215,62 @@ def test_arguments_of_threads_do_not_mix(gpu: Gpu) -> None:
     assert len({launch.grid for launch in launches}) == len(launches)
 
 
+def _scratch_plan(
+    gpu: Gpu, types: Sequence[str], size: int, align: int, asked: list[torch.Tensor]
+) -> LaunchPlan:
+    gpu.stub.tell_parameters(gpu.entry_point, [*map(_size, types), 8, 8])
+
+    def allocate(num_bytes: int) -> torch.Tensor:
+        asked.append(torch.empty(num_bytes + 8, dtype=torch.uint8)[8:])  # of an address that is not aligned
+        return asked[-1]
+
+    function = gpu.driver.load(gpu.binary, gpu.entry_point, 0, 0)
+    return LaunchPlan(
+        gpu.driver,
+        function,
+        name=gpu.entry_point,
+        types=types,
+        threads=gpu.warp_size,
+        shared_memory=0,
+        scratch_bytes=size,
+        scratch_align=align,
+        allocate=allocate,
+    )
+
+
+@pytest.mark.parametrize("types", [[], ["*bf16"], ["i8"], ["*bf16", "i32", "i8"]])
+def test_kernel_that_wants_scratch_memory_is_given_it(gpu: Gpu, types: list[str]) -> None:
+    asked: list[torch.Tensor] = []
+    plan = _scratch_plan(gpu, types, 384, 128, asked)
+    values = [3] * len(types)
+    for grid in [(5,), (5, 7, 2)]:
+        plan(grid, 0, values)
+    for launch, memory, blocks in zip(gpu.stub.launches(), asked, (5, 70), strict=True):
+        *arguments, scratch, profile = launch.parameters
+        assert (*arguments, "00" * 8, profile) == _expected(types, values)
+        address = int.from_bytes(bytes.fromhex(scratch), "little")
+        assert address % 128 == 0
+        assert memory.data_ptr() <= address
+        assert address + blocks * 384 <= memory.data_ptr() + memory.numel()
+
+
+def test_launch_that_starts_nothing_asks_for_no_scratch_memory(gpu: Gpu) -> None:
+    asked: list[torch.Tensor] = []
+    plan = _scratch_plan(gpu, [], 128, 128, asked)
+    plan((0, 4), 0, ())
+    with pytest.raises(KernelError, match=r"was given the grid \(-1, 4\)"):
+        plan((-1, 4), 0, ())
+    assert (asked, gpu.stub.launches()) == ([], [])
+
+
+def test_scratch_pointer_is_not_told_of_as_an_argument(gpu: Gpu) -> None:
+    plan = _scratch_plan(gpu, ["i32"], 128, 128, [])
+    with pytest.raises(KernelError, match=r"takes 1 arguments \(i32\), not 2"):
+        plan((1,), 0, (1, 2))
+    with pytest.raises(KernelError, match="argument 0 of kernel every_type cannot be 'a': it is a i32"):
+        plan((1,), 0, ("a",))
+
+
 def test_thread_that_never_used_the_gpu_launches(gpu: Gpu) -> None:
     device = 1 if gpu.backend == "cuda" else 0
     plan = _plan(gpu, ["i32"], device=device)
@@ -276,3 +332,4 @@ def test_driver_of_triton_passes_the_same(
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("every_type") == 2
     assert done.stdout.count("product") == 1
+    assert done.stdout.count("described") == 1

@@ -158,6 +158,15 @@ def test_fields_of_later_versions_are_left_out() -> None:
     assert read_manifest(with_digest(made_by="a later version")) == kernel()[0]
 
 
+def test_manifests_of_before_there_was_scratch_memory_ask_for_none() -> None:
+    old = read_manifest(with_digest(scratch_bytes="absent", scratch_align="absent"))
+    assert old == kernel(scratch_bytes=0, scratch_align=1)[0]
+    new = kernel(scratch_bytes=256, scratch_align=128)[0]
+    assert read_manifest(write_manifest(new)) == new
+    with pytest.raises(ValueError, match="scratch_bytes='256'"):
+        read_manifest(with_digest(scratch_bytes="256"))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -38,7 +38,17 @@ def test_logits_are_finite_vary_and_are_the_same_in_the_next_run(
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
-SCHEMES = (online_scheme("int8"), read_scheme(ConfigFields({"quantization_config": AWQ}, "config.json")))
+GPTQ = {"quant_method": "gptq", "bits": 3, "group_size": 16, "desc_act": True}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+SCHEMES = (
+    online_scheme("int8"),
+    *(
+        read_scheme(ConfigFields({"quantization_config": config}, "config.json"))
+        for config in (AWQ, GPTQ, NF4, FP8, BLOCKS)
+    ),
+)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

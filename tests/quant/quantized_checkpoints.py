@@ -9,7 +9,7 @@ other, weights bit for bit.
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from tolerances import QUANTIZED_BFLOAT16, QUANTIZED_LOGITS
 
 from halimede import LLM, SamplingParams
 from halimede.engine.loader.mapping import plan_loading
-from halimede.engine.loader.quantized import find_quantized
+from halimede.engine.loader.outlines import outlines
+from halimede.engine.loader.quantized import Part, find_quantized
 from halimede.engine.loader.safetensors import SafetensorsWeights
 from halimede.engine.models.registry import build_model
+from halimede.engine.quant.bitsandbytes import FourBitFormat
+from halimede.engine.quant.canonical import CanonicalWeight
 from halimede.engine.quant.scheme import QuantScheme
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -112,13 +115,37 @@ def read_weights(folder: Path, scheme: QuantScheme | None = None) -> dict[str, t
     modules = find_quantized(model, scheme or config.quantization)
     with SafetensorsWeights(sorted(folder.glob("*.safetensors"))) as source:
         names = plan_loading(model, source.names(), modules).parts
-        return {
-            part.name: part.format.convert(
-                part.stored(names[part.name], source.get, source.where)
-            ).dequantize()
-            for module in modules
-            for part in module.parts
-        }
+        weights = {}
+        for part in (part for module in modules for part in module.parts):
+            weight = part.format.convert(part.stored(names[part.name], source.get, source.where))
+            check_outline(part, weight)
+            weights[part.name] = weight.dequantize()
+        return weights
+
+
+def check_outline(part: Part, weight: CanonicalWeight) -> None:
+    """What is known of a weight without the checkpoint is as it turns out; nothing is of formats not ours."""
+    kinds = [
+        _kind_of(one)
+        for dtype in (torch.float32, torch.bfloat16)  # either may be the model's
+        for one in outlines(part.format, part.rows, part.columns, dtype)
+    ]
+    if not isinstance(part.format, FourBitFormat):  # of whose blocks the checkpoint alone tells the size
+        assert not kinds or _kind_of(weight) in kinds, (part.format, _kind_of(weight), kinds)
+
+
+def _kind_of(weight: CanonicalWeight) -> list[Any]:
+    """All that launches hang on: not the numbers in tensors, nor the order of columns."""
+    kind: list[Any] = [type(weight).__name__]
+    for field in fields(weight):  # type: ignore[arg-type]  # all are dataclasses
+        value = getattr(weight, field.name)
+        if isinstance(value, torch.Tensor):
+            value = (tuple(value.shape), value.dtype if value.is_floating_point() else "integers")
+        elif field.name == "static_zero":
+            value = value != 0
+        if field.name != "permutation":
+            kind.append((field.name, value))
+    return kind
 
 
 def check_quantized(checkpoints: Checkpoints, *, logits: bool = True) -> None:

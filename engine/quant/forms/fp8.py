@@ -3,7 +3,7 @@
 import torch
 
 from halimede.engine.quant.canonical import Fp8Weight
-from halimede.engine.quant.forms.base import Placement, WeightForm
+from halimede.engine.quant.forms.base import Activations, Placement, WeightForm
 from halimede.kernels.matmul_fp8 import dequantize_fp8, fp8_product
 
 
@@ -19,8 +19,9 @@ class FP8(WeightForm):
         self._hold("codes", weight.weight)
         self._hold("scales", weight.scales.float())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """See WeightForm."""
+        assert isinstance(x, torch.Tensor), "this form rounds activations itself"
         return fp8_product(x, self.codes, self.scales, self._block)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:

@@ -13,11 +13,12 @@ from halimede.engine.quant.canonical import (
     PlainWeight,
     join_weights,
 )
-from halimede.engine.quant.forms.base import Placement, WeightForm
+from halimede.engine.quant.forms.base import ActivationQuant, Activations, Placement, WeightForm
 from halimede.engine.quant.forms.fp8 import FP8
 from halimede.engine.quant.forms.plain import Plain
+from halimede.engine.quant.forms.scaled import KernelFP8, KernelW8A8, takes_fp8
 from halimede.engine.quant.forms.w8a8 import W8A8
-from halimede.engine.quant.forms.wna16 import WNA16
+from halimede.engine.quant.forms.wna16 import wna16_form
 
 
 class JoinedForm(WeightForm):
@@ -29,7 +30,18 @@ class JoinedForm(WeightForm):
         self._parts = list(parts)
         self.parts = nn.ModuleList(parts)  # so that their tensors are found
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def quantizes(self) -> ActivationQuant | None:
+        """See WeightForm. What all parts agree on."""
+        first, *others = (part.quantizes for part in self._parts)
+        return first if first and all(first.agrees_with(other) for other in others) else None
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """See WeightForm."""
+        return tuple(sorted({bucket for part in self._parts for bucket in part.row_buckets}))
+
+    def forward(self, x: Activations) -> torch.Tensor:
         """See WeightForm."""
         return torch.cat([part(x) for part in self._parts], 1)
 
@@ -52,10 +64,11 @@ def make_form(weights: Sequence[CanonicalWeight], placement: Placement) -> Weigh
 
 def _form_of(weight: CanonicalWeight, placement: Placement) -> WeightForm:
     if isinstance(weight, GroupedWeight):
-        return WNA16(weight, placement)
+        return wna16_form(weight, placement)
     if isinstance(weight, Int8Weight):
-        return W8A8(weight, placement)
+        return KernelW8A8(weight, placement) if placement.has_kernels else W8A8(weight, placement)
     if isinstance(weight, Fp8Weight):
-        return FP8(weight, placement)
+        has_kernel = placement.has_kernels and takes_fp8(weight, placement)
+        return KernelFP8(weight, placement) if has_kernel else FP8(weight, placement)
     assert isinstance(weight, PlainWeight), f"no form for {type(weight).__name__}"
     return Plain(weight, placement)

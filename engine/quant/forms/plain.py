@@ -3,7 +3,7 @@
 import torch
 
 from halimede.engine.quant.canonical import PlainWeight
-from halimede.engine.quant.forms.base import Placement, WeightForm
+from halimede.engine.quant.forms.base import Activations, Placement, WeightForm
 from halimede.kernels.matmul import matmul
 
 
@@ -16,8 +16,9 @@ class Plain(WeightForm):
         super().__init__(weight.shape, placement)
         self._hold("weight", weight.weight.to(placement.dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """See WeightForm."""
+        assert isinstance(x, torch.Tensor), "these activations are never quantized"
         if x.device.type == "cpu":
             return matmul(x, None, self.weight, None)
         return torch.nn.functional.linear(x, self.weight)

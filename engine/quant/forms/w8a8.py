@@ -3,7 +3,7 @@
 import torch
 
 from halimede.engine.quant.canonical import Int8Weight
-from halimede.engine.quant.forms.base import Placement, WeightForm
+from halimede.engine.quant.forms.base import Activations, Placement, WeightForm
 from halimede.kernels.matmul_int8 import int8_product, quantize_static, quantize_tokens
 
 
@@ -24,8 +24,9 @@ class W8A8(WeightForm):
         has_zeros = not weight.symmetric or weight.static_zero != 0
         self._hold("sums", weight.weight.sum(1, dtype=torch.int32) if has_zeros else None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """See WeightForm."""
+        assert isinstance(x, torch.Tensor), "this form rounds activations itself"
         if self.static_scale is not None:
             codes = quantize_static(x, self.static_scale, self._static_zero)
             y = int8_product(codes, self.codes, self._static_zero, self.sums)

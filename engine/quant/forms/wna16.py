@@ -100,6 +100,13 @@ class KernelWNA16(_WNA16):
         for name in ("words", "records", "table", "counters"):
             self._hold(name, getattr(operand, name))
 
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """See WeightForm."""
+        from halimede.kernels.matmul_wna16 import ROW_BUCKETS
+
+        return ROW_BUCKETS
+
     def make_gated(self, activation: Gate) -> bool:
         """See WeightForm."""
         if self.out_features % 16 or self.bias is not None or self._activation is not None:

@@ -14,7 +14,7 @@ import triton
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from stub_gpu import Backend, StubGpu, parameter_sizes
-from stub_gpu.sample_kernels import every_type, product
+from stub_gpu.sample_kernels import described, every_type, product
 
 STREAM = 0x7FFF_1234_5678
 
@@ -37,6 +37,21 @@ def use_real_driver(backend: Backend, library: Path) -> Any:
     return driver
 
 
+class _Memory:
+    """An allocator that always gives the same, and knows for how many bytes it was asked."""
+
+    def __init__(self) -> None:
+        import torch
+
+        memory = torch.zeros(1 << 20, dtype=torch.uint8)
+        self._memory = memory[-memory.data_ptr() % 1024 :]
+        self.asked: list[int] = []
+
+    def allocate(self, num_bytes: int, align: int, stream: Any) -> Any:
+        self.asked.append(num_bytes)
+        return self._memory
+
+
 def _compare(
     stub: StubGpu, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], **options: Any
 ) -> None:
@@ -45,6 +60,8 @@ def _compare(
     from halimede.kernels.gpu_driver import cuda_driver, hip_driver
     from halimede.kernels.launch_plan import LaunchPlan
 
+    memory = _Memory()
+    triton.set_allocator(memory.allocate)
     compiled = kernel.warmup(*args, grid=grid, **options)
     sizes = parameter_sizes(compiled)
     stub.tell_parameters(compiled.name, sizes)
@@ -58,7 +75,15 @@ def _compare(
     assert len(types) == len(args) == len(sizes) - 2, (types, args, sizes)
     threads = compiled.metadata.num_warps * compiled.metadata.target.warp_size
     plan = LaunchPlan(
-        driver, function, name=compiled.name, types=types, threads=threads, shared_memory=shared
+        driver,
+        function,
+        name=compiled.name,
+        types=types,
+        threads=threads,
+        shared_memory=shared,
+        scratch_bytes=getattr(compiled.metadata, "global_scratch_size", 0) or 0,
+        scratch_align=getattr(compiled.metadata, "global_scratch_align", 1) or 1,
+        allocate=lambda num_bytes: memory.allocate(num_bytes, 1, None),
     )
     values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
     plan(grid, STREAM, values)
@@ -67,6 +92,11 @@ def _compare(
     assert theirs == ours, f"Triton: {theirs}\nours:   {ours}"
     assert len(ours.parameters) == len(sizes)
     assert ours.shared == shared
+    if memory.asked:  # ours allows for an address that is not aligned
+        of_triton, of_ours = memory.asked
+        assert of_triton <= of_ours < of_triton + 1024, memory.asked
+    scratch = int.from_bytes(bytes.fromhex(ours.parameters[-2]), "little")
+    assert bool(scratch) == bool(memory.asked)
     print(f"{ours.function} {ours.grid} {ours.block} {ours.shared} {' '.join(types)} {ours.parameters}")
 
 
@@ -92,6 +122,7 @@ def main(backend: Backend, folder: Path) -> None:
     _compare(
         stub, product, (7, 1, 5), (a, b, c, 128, 0.1), SIZE=size, num_stages=stages, enable_fp_fusion=True
     )
+    _compare(stub, described, (3, 2), (a, c, 128), SIZE=64, num_warps=4, enable_fp_fusion=True)
     if backend == "cuda":
         allowed = [call["bytes"] for call in stub.calls("allow_shared")]
         assert allowed == [227 << 10] * 2, allowed

@@ -59,6 +59,14 @@ def product(a_ptr, b_ptr, c_ptr, K, scale, SIZE: tl.constexpr):
 
 
 @triton.jit
+def described(a_ptr, b_ptr, rows, SIZE: tl.constexpr):
+    a = tl.make_tensor_descriptor(a_ptr, [rows, SIZE], [SIZE, 1], [16, SIZE])
+    b = tl.make_tensor_descriptor(b_ptr, [rows, SIZE], [SIZE, 1], [16, SIZE])
+    at = tl.program_id(0) * 16
+    b.store([at, 0], a.load([at, 0]) * 2)
+
+
+@triton.jit
 def many_arguments(
     p0, p1, p2, p3, p4, p5, p6, p7, n0, n1, n2, n3, n4, n5, n6, n7, n8, n9, n10, BLOCK: tl.constexpr
 ):
