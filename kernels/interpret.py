@@ -74,6 +74,7 @@ def _patched() -> Iterator[None]:
     replace(builder, "create_dot", _widening_dot(builder.create_dot))
     replace(builder, "cast_impl", _casting(builder.cast_impl))
     replace(interpreter, "_patch_lang_tensor", _patching_scalars(interpreter._patch_lang_tensor))
+    replace(interpreter, "_patch_lang_core", _patching_types(interpreter._patch_lang_core))
     # Helpers are JITFunction objects, which refuse to be called outside of a kernel.
     replace(JITFunction, "__call__", lambda self, *a, **k: _interpreted(self.fn).rewrite()(*a, **k))
     scope = interpreter._patch_lang(_LANGUAGE)
@@ -158,6 +159,25 @@ def _patching_scalars(patch: Any) -> Any:
                 setattr(tensor, name, value)
             else:
                 scope.set_attr(tensor, name, value)
+
+    return patched
+
+
+def _patching_types(patch: Any) -> Any:
+    """Types that Triton 3.6's interpreter holds values of, but forgets when something is cast to them."""
+
+    def patched(lang: Any, *args: Any) -> None:
+        patch(lang, *args)
+        scope = next((arg for arg in args if hasattr(arg, "set_attr")), None)
+        known = lang.dtype.to_ir
+
+        def to_ir(self: Any, builder: Any) -> Any:
+            return builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else known(self, builder)
+
+        if scope is None:
+            lang.dtype.to_ir = to_ir
+        else:
+            scope.set_attr(lang.dtype, "to_ir", to_ir)
 
     return patched
 

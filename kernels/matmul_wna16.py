@@ -13,8 +13,8 @@ from halimede.kernels.gpu.wna16_layout import WNA16Operand
 from halimede.kernels.gpu.wna16_matmul import GatedActivation, wna16_matmul
 
 DEQUANTIZE_ROWS = 512
-"""More rows than these are multiplied with the weight written out: from there on that is faster on an H100 for
-Llama-3-8B's shapes (docs/perf-log.md)."""
+"""More rows than these are multiplied with the weight written out: from there on that is faster on an H100
+for Llama-3-8B's shapes (docs/perf-log.md)."""
 
 ROW_BUCKETS = (*(bucket for bucket in wna16_config.ROW_BUCKETS if bucket < DEQUANTIZE_ROWS), DEQUANTIZE_ROWS)
 """Numbers of rows up to which one and the same is launched; so it is for all that are more."""

@@ -18,7 +18,11 @@ CPU: Mapping[str, str] = {
     "W8A8": "int8 products",
     "FP8": "widened in pieces",
 }
-GPU = "torch, in pieces (Triton kernels to come)"
+GPU: Mapping[str, str] = {
+    "WNA16": "4- and 8-bit product",
+    "W8A8": "int8 product",
+    "FP8": "FP8 product, widened where there is none",
+}
 ONLINE: Mapping[str, tuple[str, str]] = {
     "int4": ("4 bits in groups of 128 or fewer columns, with zero points or without", "WNA16"),
     "int8": ("a scale for each row; activations of 8 bits, a scale for each token", "W8A8"),
@@ -32,8 +36,8 @@ def table() -> str:
     rows = [(method.title, method.weights, method.form) for method in METHODS.values()]
     rows += [(f"plain, `quantization={name!r}`".replace("'", '"'), *ONLINE[name]) for name in ONLINE_METHODS]
     for title, weights, form in rows:
-        cpu = "; ".join(CPU[each.strip()] for each in form.split(","))
-        lines.append(f"| {title} | {weights} | {form} | {cpu} | {GPU} |")
+        cpu, gpu = ("; ".join(each[kind.strip()] for kind in form.split(",")) for each in (CPU, GPU))
+        lines.append(f"| {title} | {weights} | {form} | {cpu} | Triton: {gpu} |")
     return "\n".join(lines) + "\n"
 
 

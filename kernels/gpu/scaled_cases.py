@@ -4,8 +4,15 @@ from typing import Any
 
 import torch
 
-from halimede.kernels.gpu.scaled_operand import GROUP, ScaledOperand, fp8_kind, fp8_operand, int8_operand
-from halimede.kernels.launch import target_of
+from halimede.kernels.gpu.scaled_operand import (
+    GROUP,
+    ScaledOperand,
+    Scaling,
+    fp8_kind,
+    fp8_operand,
+    int8_operand,
+)
+from halimede.kernels.launch import Launch, target_of
 from halimede.kernels.spec import Case, Tensors, Work
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -119,6 +126,41 @@ def _zeros(rows: int, zeros: str, device: torch.device) -> torch.Tensor | None:
     if not zeros:
         return None
     return torch.randint(-100, 100, (rows if zeros == "row" else 1,), dtype=torch.int32, device=device)
+
+
+def scaling_of(launch: Launch) -> Scaling:
+    """Of the weight of a launch of the kernel."""
+    given = launch.constants
+    block = (given["SCALE_ROWS"], given["SCALE_COLUMNS"]) if given["SCALE_COLUMNS"] else None
+    return Scaling((given["SIZE"], given["INNER"]), given["KIND"], block, launch.args[5] is not None)
+
+
+def case_of(launch: Launch) -> Case:
+    """With the shapes of a launch of the kernel that is not deterministic: no table has those."""
+    x, _, x_scales, _, zeros, _, bias, y = launch.args[:8]
+    scaling, (rows, inner) = scaling_of(launch), x.shape
+    stride = x.stride(0) if rows > 1 and x.stride(0) != inner else 0
+    is_static = x_scales is not None and scaling.block is None and not launch.constants["SCALES_A_ROW"]
+    with_zeros = "" if zeros is None else "row" if launch.constants["ZEROS_A_ROW"] else "one"
+    words = [f"{rows} x {inner} to {scaling.shape[0]}", scaling.kind, str(y.dtype).removeprefix("torch.")]
+    words += [f"blocks of {scaling.block[0]} x {scaling.block[1]}"] if scaling.block else []
+    words += ["static"] * is_static + ([f"zeros a {with_zeros}"] if with_zeros else [])
+    words += ["bias"] * (bias is not None) + ([f"rows {stride} apart"] if stride else [])
+    return _case(
+        ", ".join(words),
+        rows,
+        inner,
+        scaling.shape[0],
+        _INT8 if scaling.kind == "int8" else _FP8,
+        scaling.block,
+        y.dtype,
+        wide=scaling.kind == "wide",
+        static=is_static,
+        zeros=with_zeros,
+        bias=bias is not None,
+        stride=stride,
+        laid_out=True,
+    )
 
 
 CASES = (

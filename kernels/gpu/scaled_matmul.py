@@ -3,20 +3,25 @@ multiplies FP8.
 
     y[m, n] = sa[m] * sw[n] * (sum_k x[m, k] w[n, k] - zero[m] * sum_k w[n, k]) + bias[n]
 
-or, scaled in blocks, the sum over groups g of 128 columns of sa[m, g] * sw[n // R, g // C] * sum_{k in g} x
-w. Layouts: x (M, K) codes, unit stride in K; w [N, K] codes; sa (M), (1) or (M, K / 128) float32; sw [N] or
+or, scaled in blocks of R x C, the sum over groups g of 128 columns of
+
+    sa[m, g] * sw[n // R, 128 g // C] * sum_{k in g} x[m, k] w[n, k]
+
+Layouts: x (M, K) codes, unit stride in K; w [N, K] codes; sa (M), (1) or (M, K / 128) float32; sw [N] or
 [N / R, K / C] float32; y (M, N) contiguous, 16 or 32 bits, rounded once. KIND says what is multiplied:
 
     int8    int8 codes, exact in int32; zero (M) or (1) int32, sums of w's rows int32
     fp8     float8_e4m3fn
-    fnuz    the same codes on AMD's CDNA 3, whose FP8 has another bias: half the value, and no -0, which is
-    mapped wide    w alone is FP8 and is widened to x's 16 bits in registers: no scales of x, none are
-    rounded
+    fnuz    the same codes on AMD's CDNA 3, whose FP8 has another bias: half the value, and no -0
+    wide    w alone is FP8 and is widened to x's 16 bits in registers; x has no scales
 
 Reads N * K bytes once per block of rows of x. The weight is the first operand, of which Hopper's products
-want 64 rows; the batch is the cheap second one. Hopper sums FP8 products with 14 bits or so: every 128
-columns the sum goes to float32 registers (as DeepSeek-V3 does, arXiv 2412.19437, 3.3.2), which costs an
-addition for 128 products.
+want 64 rows; the batch is the cheap second one.
+
+Hopper sums FP8 products with 14 bits or so. Where PROMOTE is 1 every 128 columns the sum goes to float32
+registers (as DeepSeek-V3 does, arXiv 2412.19437, 3.3.2), which costs an addition for 128 products, and
+half of the tile that fits in registers: with more than 256 rows and scales of rows it is 0, as in torch's
+fast sums (docs/perf-log.md has both errors and times).
 
 K is split as in wna16_matmul.py: fixed pieces, added in order by the last program to arrive.
 """
@@ -31,12 +36,12 @@ import triton.language as tl
 from halimede.errors import KernelError
 from halimede.kernels.gpu.float8 import e4m3_to_float16
 from halimede.kernels.gpu.rows import aligned_strides
-from halimede.kernels.gpu.scaled_cases import CASES, SIGNATURES, operand_of, reference
-from halimede.kernels.gpu.scaled_config import ROW_BUCKETS, config_for
+from halimede.kernels.gpu.scaled_cases import CASES, SIGNATURES, case_of, operand_of, reference, scaling_of
+from halimede.kernels.gpu.scaled_config import ROW_BUCKETS, can_be_described, candidates, config_for
 from halimede.kernels.gpu.scaled_operand import ScaledOperand, Scaling
-from halimede.kernels.gpu.split_k import leave_partial, sum_partials
-from halimede.kernels.launch import Variant, target_of
-from halimede.kernels.spec import Fault, KernelSpec, Tensors
+from halimede.kernels.gpu.split_k import fence_threads, leave_partial, split_workspace, sum_partials
+from halimede.kernels.launch import Launch, Variant, target_of
+from halimede.kernels.spec import Fault, KernelSpec, Tensors, TuningSpace
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, pick_config
 from halimede.kernels.variant_key import Layout, layout
@@ -65,6 +70,7 @@ def _scaled_matmul_kernel(
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     ZEROS_A_ROW: tl.constexpr,
+    FENCE_THREADS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,7 +141,7 @@ def _scaled_matmul_kernel(
             acc = tl.dot(weight, x, acc)
     if SPLITS > 1:
         number = block_n * blocks_m + block_m
-        arrived = leave_partial(acc, partials_ptr, counters_ptr, number, split, SPLITS)
+        arrived = leave_partial(acc, partials_ptr, counters_ptr, number, split, SPLITS, FENCE_THREADS)
         if arrived != SPLITS - 1:
             return
         acc = sum_partials(partials_ptr, counters_ptr, number, SPLITS, BLOCK_N, BLOCK_M)
@@ -195,49 +201,37 @@ def scaled_matmul(
         unit,
         weight.scaling,
         layout(weight.codes),
-        _per_row(x_scales, num_rows, weight.scaling),
-        _per_row(zeros, num_rows, weight.scaling),
+        _per_row(x_scales, torch.float32, num_rows, weight.scaling),
+        _per_row(zeros, torch.int32, num_rows, weight.scaling),
         layout(bias),
         dtype,
-        next((bucket for bucket in ROW_BUCKETS if num_rows <= bucket), ROW_BUCKETS[-1]),
+        _bucket(num_rows),
         deterministic,
     )
-    constants = variant.constants
-    size, splits = constants["SIZE"], constants["SPLITS"]
+    constants, scaling = variant.constants, weight.scaling
+    size = constants["SIZE"]
     y = x.new_empty((num_rows, size), dtype=dtype)
-    grid = -(-num_rows // constants["BLOCK_M"]), -(-size // constants["BLOCK_N"]), splits
-    partials, counters = None, None
-    if splits > 1:
-        tiles = grid[0] * grid[1]
-        type_ = torch.int32 if weight.scaling.kind == "int8" else torch.float32
-        partials = x.new_empty((tiles * splits * constants["BLOCK_M"] * constants["BLOCK_N"],), dtype=type_)
-        counters = weight.counters
-        if tiles > len(counters):  # many rows that are split all the same, to be as few are
-            counters = torch.zeros(tiles, dtype=torch.int32, device=counters.device)
-    variant.start(
-        grid,
-        x,
-        weight.codes,
-        x_scales,
-        weight.scales,
-        zeros,
-        weight.sums,
-        bias,
-        y,
-        partials,
-        counters,
-        num_rows,
-        stride,
-    )
+    grid = -(-num_rows // constants["BLOCK_M"]), -(-size // constants["BLOCK_N"]), constants["SPLITS"]
+    sums_dtype = torch.int32 if scaling.kind == "int8" else torch.float32
+    workspace = split_workspace(weight.counters, constants, grid, sums_dtype)
+    given = (x, weight.codes, x_scales, weight.scales, zeros, weight.sums, bias, y, *workspace)
+    variant.start(grid, *given, num_rows, stride)
     return y
 
 
-def _per_row(tensor: torch.Tensor | None, num_rows: int, scaling: Scaling) -> str | None:
-    """Of scales or zeros of x: "row", "one", "group"; None where there are none."""
+def _bucket(num_rows: int) -> int:
+    return next((bucket for bucket in ROW_BUCKETS if num_rows <= bucket), ROW_BUCKETS[-1])
+
+
+def _per_row(tensor: torch.Tensor | None, dtype: torch.dtype, num_rows: int, scaling: Scaling) -> str | None:
+    """Of scales or zeros of x, which are of dtype: "row", "one", "group"; None where there are none."""
     if tensor is None:
         return None
-    if not tensor.is_contiguous():
-        raise KernelError("scaled_matmul takes contiguous scales and zeros of x; call .contiguous()")
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        raise KernelError(
+            f"scaled_matmul takes contiguous scales (float32) and zeros (int32) of x; got "
+            f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} for {dtype}; convert them"
+        )
     if tensor.numel() == 1 and num_rows != 1:
         return "one"
     groups = -(-scaling.shape[1] // 128)
@@ -275,6 +269,8 @@ def _variant(
 
     key = f"{dtype},{scaling.key}"
     config = heuristic() if deterministic else pick_config("scaled_matmul", target, key, bucket, heuristic)
+    if config.blocks["TMA"] and not can_be_described(target, scaling, unit, bucket):
+        config = heuristic()  # a table's, from rows that lie otherwise
     block = scaling.block
     return Variant(
         _scaled_matmul_kernel,
@@ -288,6 +284,7 @@ def _variant(
         SCALE_ROWS=0 if block is None else block[0],
         SCALE_COLUMNS=0 if block is None else block[1],
         ZEROS_A_ROW=zeros == "row",
+        FENCE_THREADS=fence_threads(target, config),
     )
 
 
@@ -321,6 +318,11 @@ def _check(
         )
 
 
+def _configs(target: Target, launch: Launch) -> list[KernelConfig]:
+    bucket = _bucket(launch.args[0].shape[0])
+    return candidates(target, scaling_of(launch), bucket, launch.constants["UNIT"])
+
+
 def _run(x: torch.Tensor, x_scales: torch.Tensor | None, deterministic: bool, **given: Any) -> Tensors:
     weight, rest = operand_of(x, **given)
     return (scaled_matmul(x, x_scales, weight, deterministic=deterministic, **rest),)
@@ -350,5 +352,7 @@ SPECS = (
             Fault("y *= tl.load(x_scales_ptr + rows", "y *= tl.load(x_scales_ptr + rows * 0"),
         ),
         matrix_product=True,
+        # Hopper's sums of FP8 products, where they stay in the tensor cores, keep some 14 bits.
+        space=TuningSpace(_scaled_matmul_kernel, _configs, case_of, error=2e-2),
     ),
 )

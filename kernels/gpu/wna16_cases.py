@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from halimede.kernels.gpu.activation import Activation, activate_reference
-from halimede.kernels.gpu.wna16_layout import WNA16Operand, pack_wna16
-from halimede.kernels.launch import target_of
+from halimede.kernels.gpu.wna16_layout import Facts, WNA16Operand, pack_wna16, rows_of
+from halimede.kernels.launch import Launch, target_of
 from halimede.kernels.spec import Case, Tensors, Work
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -50,15 +50,25 @@ def plain_weight(
     return values.reshape(codes.shape)
 
 
+def _plain_operand(weight: WNA16Operand) -> torch.Tensor:
+    """plain_weight of one that is laid out; gate's rows are above up's again."""
+    rows = rows_of(weight, torch.arange(weight.facts.shape[0], device=weight.words.device)).double()
+    if not weight.facts.gated:
+        return rows
+    return rows.view(-1, 2, 8, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
+
+
 def reference(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     activation: Activation | None,
     deterministic: bool,
+    weight: WNA16Operand | None = None,
     **canonical: Any,
 ) -> Tensors:
-    """The oracle of wna16_matmul: float64 inside, rounded once."""
-    y = x.double() @ plain_weight(**canonical).t()
+    """The oracle of wna16_matmul: float64 inside, rounded once. weight: in place of what it is made of."""
+    plain = plain_weight(**canonical) if weight is None else _plain_operand(weight)
+    y = x.double() @ plain.t()
     if bias is not None:
         y += bias.double()
     if activation is not None:
@@ -79,10 +89,14 @@ def _canonical(
     scale_dtype: torch.dtype,
     kinds: str,
     device: torch.device,
+    plain_zero: int | None = None,
 ) -> dict[str, Any]:
-    """kinds: words of "zeros", "offsets", "table", for what each group has or all codes go through."""
+    """kinds: words of "zeros", "offsets", "table", for what each group has or all codes go through.
+
+    plain_zero: of all codes, where groups have none; None: their middle.
+    """
     groups = (size, inner // group)
-    zero: torch.Tensor | int = 1 << (bits - 1)
+    zero: torch.Tensor | int = 1 << (bits - 1) if plain_zero is None else plain_zero
     if "zeros" in kinds:
         zero = torch.randint(0, 1 << bits, groups, device=device).float()
     scales = (torch.rand(groups, device=device) + 0.5) * inner**-0.5 * 2.0 ** (1 - bits)
@@ -112,20 +126,23 @@ def _case(
     kinds: str = "",
     *,
     scale_dtype: torch.dtype | None = None,
+    zero: int | None = None,
     bias: bool = False,
     activation: Activation | None = None,
     stride: int = 0,
     deterministic: bool = False,
     laid_out: bool = False,
 ) -> Case:
-    """size: N. stride: between rows of x, NaN beyond K; 0: K. laid_out: make the operand, as when it is
-    loaded."""
+    """size: N. zero: as _canonical's plain_zero. stride: between rows of x, NaN beyond K; 0: K.
+
+    laid_out: make the operand, as when it is loaded.
+    """
     scales_like = scale_dtype or dtype
 
     def make(device: torch.device) -> dict[str, Any]:
         x = torch.full((rows, stride or inner), float("nan"), dtype=dtype, device=device)[:, :inner]
         x.copy_(torch.randn(rows, inner, device=device))
-        canonical = _canonical(size, inner, bits, group, scales_like, kinds, device)
+        canonical = _canonical(size, inner, bits, group, scales_like, kinds, device, zero)
         if laid_out:
             canonical = {"weight": operand_of(**canonical, gated=activation is not None)}
         return {
@@ -139,6 +156,50 @@ def _case(
     stored = size * inner * (4 if bits <= 4 else 8) // 8
     moved = stored + size * inner // group * scales_like.itemsize + rows * (inner + size) * dtype.itemsize
     return Case(name, make, Work(bytes=moved, flops=2 * rows * size * inner))
+
+
+def facts_of(launch: Launch) -> Facts:
+    """Of the weight of a launch of the kernel."""
+    given = launch.constants
+    return Facts(
+        shape=(given["SIZE"], given["INNER"]),
+        bits=given["BITS"],
+        group_size=given["GROUP"],
+        zero=given["ZERO"],
+        has_zeros=given["HAS_ZEROS"],
+        has_offsets=given["HAS_OFFSETS"],
+        has_table=launch.args[3] is not None,
+        backend="hip" if given["HIP"] else "cuda",
+        gated=given["ACTIVATION"] is not None,
+    )
+
+
+def case_of(launch: Launch) -> Case:
+    """With the shapes of a launch of the kernel that is not deterministic: no table has those."""
+    x, _, records, _, bias = launch.args[:5]
+    facts, activation, (rows, inner) = facts_of(launch), launch.constants["ACTIVATION"], x.shape
+    stride = x.stride(0) if rows > 1 and x.stride(0) != inner else 0
+    kinds = [("zeros", facts.has_zeros), ("offsets", facts.has_offsets), ("table", facts.has_table)]
+    held = " ".join(kind for kind, is_held in kinds if is_held)
+    types = " scales ".join(str(dtype).removeprefix("torch.") for dtype in (x.dtype, records.dtype))
+    words = [f"{rows} x {inner} to {facts.shape[0]}", f"{facts.bits} bits in {facts.group_size}", types]
+    words += [word for word in (held, activation, "bias" if bias is not None else "") if word]
+    return _case(
+        ", ".join(words) + (f", rows {stride} apart" if stride else ""),
+        rows,
+        inner,
+        facts.shape[0],
+        facts.bits,
+        facts.group_size,
+        x.dtype,
+        held,
+        scale_dtype=records.dtype,
+        zero=facts.zero,
+        bias=bias is not None,
+        activation=activation,
+        stride=stride,
+        laid_out=True,
+    )
 
 
 def _dequantize_case(

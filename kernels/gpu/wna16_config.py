@@ -5,6 +5,9 @@ weight a program, and K split until some 500 programs are under way, each with 8
 weight takes 128 rows and no split. With more rows the batch is cut in 64, and programs need not be as many.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 from halimede.kernels.gpu.wna16_layout import UNIT, Facts
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig
@@ -15,6 +18,9 @@ ROW_BUCKETS = (16, 32, 64, 128, 256, 512, 1 << 30)
 _WIDE = 198  # row blocks of 128: one and a half for each processor of a large GPU
 _LEAST_UNITS = 8  # of a split: fewer, and adding up costs more than it saves
 _MOST_SPLITS = 16
+_TRIED_SPLITS = (1, 2, 4, 8)
+_TRIED_STAGES = {"cuda": (3, 4, 6), "hip": (1, 2)}
+_MOST_SUMS = 64  # float32 registers of a thread, where sums of groups take as many again
 
 
 def config_for(target: Target, facts: Facts, bucket: int, *, deterministic: bool) -> KernelConfig:
@@ -64,10 +70,87 @@ def _splits(facts: Facts, block_n: int, programs: int) -> int:
 
 
 def _stages(target: Target, facts: Facts, block_m: int, block_n: int, warps: int) -> int:
-    """As many units ahead as shared memory holds for the programs of a processor: 2 or 3 of 4 warps, 1 of 8."""
+    """As many units ahead as shared memory holds for the programs of a processor: 2 or 3 of 4 warps, 1 of
+    8."""
     if target.backend == "hip":
         return 1 if facts.has_table and target.warp_size == 32 else 2
     unit = UNIT * (block_n * facts.bits // 8 + 2 * block_m) + 16 * block_n
     programs = 1 if warps == 8 else 3 if block_m == block_n == 64 else 2
     most = 6 if block_n == 128 and block_m <= 16 else 4
     return max(2, min(most, (target.shared_memory // programs - 2048) // unit))
+
+
+def candidates(target: Target, facts: Facts, bucket: int) -> list[KernelConfig]:
+    """What tuning tries for a number of rows: config_for's choice, and then what lies around it.
+
+    Around it: other blocks with about as many programs, and its own blocks with fewer and more programs,
+    stages, and scaled sums in place of scaled weights or the other way round.
+    """
+    own = config_for(target, facts, bucket, deterministic=False)
+    found = [own]
+    own_tile = own.blocks["BLOCK_M"], own.blocks["BLOCK_N"], own.num_warps
+    for block_m, block_n, warps in _tiles(target, bucket):
+        is_own = (block_m, block_n, warps) == own_tile
+        near = _splits_near(facts, own, block_m, block_n, bucket)
+        for splits, stages in itertools.product(near if is_own else near[:1], _TRIED_STAGES[target.backend]):
+            blocks = {"SPLITS": splits, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages}
+            found.append(_changed(own, warps, **blocks))
+    if (
+        facts.can_scale_sums
+        and own.blocks["BLOCK_M"] * own.blocks["BLOCK_N"] <= 32 * own.num_warps * _MOST_SUMS
+    ):
+        other = 1 - own.blocks["SCALE_SUMS"]
+        found += [_changed(one, one.num_warps, SCALE_SUMS=other) for one in found if _is_beside(one, own)]
+    return [one for one in found if one == own or _fits(target, facts, one)]
+
+
+def _is_beside(config: KernelConfig, own: KernelConfig) -> bool:
+    """Whether it is `own`, but for its stages."""
+    return _changed(config, config.num_warps, STAGES=own.blocks["STAGES"]) == own
+
+
+def _tiles(target: Target, bucket: int) -> Iterator[tuple[int, int, int]]:
+    """(BLOCK_M, BLOCK_N, warps). As many rows as there are, or half of them; of many 32, 64 or 128."""
+    blocks_m: Sequence[int] = (bucket,) if bucket <= 64 else (64, 128)
+    fewer = max(16, min(bucket // 2, 32))
+    if target.backend == "hip":  # registers of 32 threads hold fewer sums than those of 64
+        blocks_m = (16,) if target.warp_size == 32 else (min(bucket, 64),)
+    shapes = ((64, 4), (128, 4), (128, 8)) if target.backend == "cuda" else ((64, 4), (128, 4))
+    tiles = [(block_m, *shape) for block_m, shape in itertools.product(blocks_m, shapes)]
+    yield from (tile for tile in tiles if tile[0] * tile[1] <= 32 * tile[2] * _MOST_SUMS)
+    if fewer not in blocks_m:
+        yield fewer, 64, 4
+    if bucket > 256 and target.wgmma:
+        yield 256, 128, 8
+
+
+def _splits_near(facts: Facts, own: KernelConfig, block_m: int, block_n: int, bucket: int) -> list[int]:
+    """Those with half to twice as many programs as `own` has, the nearest first, of two units or more."""
+    rows = min(bucket, 512)
+
+    def programs(splits: int, of_rows: int, of_columns: int) -> int:
+        return splits * -(-rows // of_rows) * -(-facts.shape[0] // of_columns)
+
+    wanted = programs(own.blocks["SPLITS"], own.blocks["BLOCK_M"], own.blocks["BLOCK_N"])
+    units = -(-facts.shape[1] // UNIT)
+    apart = {
+        splits: max(wanted / found, found / wanted)
+        for splits in _TRIED_SPLITS
+        if splits == 1 or units >= 2 * splits
+        for found in [programs(splits, block_m, block_n)]
+    }
+    nearest = sorted(apart, key=lambda splits: (apart[splits], splits))
+    return [splits for splits in nearest if splits == nearest[0] or apart[splits] <= 2.5]
+
+
+def _changed(config: KernelConfig, warps: int, **blocks: int) -> KernelConfig:
+    """With other warps and blocks."""
+    merged = {**config.blocks, **blocks, "WARP_GROUPS": warps // 4}
+    return KernelConfig(merged, num_warps=warps, num_stages=merged["STAGES"])
+
+
+def _fits(target: Target, facts: Facts, config: KernelConfig) -> bool:
+    """Whether shared memory may hold its stages; an AMD GPU's tiles pass through registers."""
+    blocks = config.blocks
+    unit = UNIT * (blocks["BLOCK_N"] * facts.bits // 8 + 2 * blocks["BLOCK_M"])
+    return target.backend == "hip" or unit * blocks["STAGES"] <= target.shared_memory

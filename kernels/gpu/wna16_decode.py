@@ -82,7 +82,7 @@ def pick(tile, INDEX: tl.constexpr):
     elif SIZE == 2:
         found = _half(tile, INDEX)
     elif SIZE == 4:
-        found = tile.reshape(tile.shape[:-1] + [2, 2])  # noqa: RUF005: Triton knows no other way
+        found = tile.reshape(tile.shape[:-1] + [2, 2])  # noqa: RUF005
         found = _half(_half(found, INDEX % 2), INDEX // 2)
     else:
         tl.static_assert(SIZE == 8, "one of 1, 2, 4 or 8")

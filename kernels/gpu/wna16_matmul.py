@@ -21,7 +21,7 @@ dequantized weight would be.
 
 K is split over programs where N alone does not fill the processors: always into the same pieces for a
 weight and a number of rows in the same bucket, summed in order by the last program to arrive
-(split_sum.py), so results have the same bits at every run. With deterministic=True pieces and scaling do
+(split_k.py), so results have the same bits at every run. With deterministic=True pieces and scaling do
 not depend on the rows either.
 """
 
@@ -35,9 +35,9 @@ import triton.language as tl
 from halimede.errors import KernelError
 from halimede.kernels.gpu.activation import _activated
 from halimede.kernels.gpu.rows import aligned_strides
-from halimede.kernels.gpu.split_k import leave_partial, sum_partials
-from halimede.kernels.gpu.wna16_cases import CASES, SIGNATURES, operand_of, reference
-from halimede.kernels.gpu.wna16_config import ROW_BUCKETS, config_for
+from halimede.kernels.gpu.split_k import fence_threads, leave_partial, split_workspace, sum_partials
+from halimede.kernels.gpu.wna16_cases import CASES, SIGNATURES, case_of, facts_of, operand_of, reference
+from halimede.kernels.gpu.wna16_config import ROW_BUCKETS, candidates, config_for
 from halimede.kernels.gpu.wna16_decode import (
     over_columns,
     pick,
@@ -48,8 +48,8 @@ from halimede.kernels.gpu.wna16_decode import (
 )
 from halimede.kernels.gpu.wna16_layout import Facts, WNA16Operand
 from halimede.kernels.gpu.wna16_unit import codes_of_part, finished, scaled_unit
-from halimede.kernels.launch import Variant, target_of
-from halimede.kernels.spec import Fault, KernelSpec, Tensors
+from halimede.kernels.launch import Launch, Variant, target_of
+from halimede.kernels.spec import Fault, KernelSpec, Tensors, TuningSpace
 from halimede.kernels.target import Target
 from halimede.kernels.tuning import KernelConfig, pick_config
 from halimede.kernels.variant_key import Layout, layout
@@ -82,6 +82,7 @@ def _wna16_matmul_kernel(
     ACTIVATION: tl.constexpr,
     HIP: tl.constexpr,
     PTX: tl.constexpr,
+    FENCE_THREADS: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,7 +145,7 @@ def _wna16_matmul_kernel(
         _store(acc, bias_ptr, y_tile, first_column, rows, is_row, SIZE, ACTIVATION, BLOCK_M, BLOCK_N)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        arrived = leave_partial(acc, partials_ptr, counters_ptr, tile, split, SPLITS)
+        arrived = leave_partial(acc, partials_ptr, counters_ptr, tile, split, SPLITS, FENCE_THREADS)
         if arrived == SPLITS - 1:
             acc = sum_partials(partials_ptr, counters_ptr, tile, SPLITS, BLOCK_N, BLOCK_M)
             _store(acc, bias_ptr, y_tile, first_column, rows, is_row, SIZE, ACTIVATION, BLOCK_M, BLOCK_N)
@@ -214,22 +215,11 @@ def wna16_matmul(
     constants = variant.constants
     size = constants["SIZE"]
     y = x.new_empty((num_rows, size if activation is None else size // 2))
-    blocks, splits = constants["BLOCK_N"], constants["SPLITS"]
-    grid = -(-num_rows // constants["BLOCK_M"]), -(-size // blocks), splits
-    partials, counters = None, None
-    if splits > 1:
-        tiles = grid[0] * grid[1]
-        partials = x.new_empty((tiles * splits * constants["BLOCK_M"] * blocks,), dtype=torch.float32)
-        counters = weight.counters if tiles <= len(weight.counters) else _more_counters(weight, tiles)
-    variant.start(
-        grid, x, weight.words, weight.records, weight.table, bias, y, partials, counters, num_rows, stride
-    )
+    grid = -(-num_rows // constants["BLOCK_M"]), -(-size // constants["BLOCK_N"]), constants["SPLITS"]
+    workspace = split_workspace(weight.counters, constants, grid, torch.float32)
+    given = (x, weight.words, weight.records, weight.table, bias, y, *workspace)
+    variant.start(grid, *given, num_rows, stride)
     return y
-
-
-def _more_counters(weight: WNA16Operand, tiles: int) -> torch.Tensor:
-    """For a product of many rows that is split all the same, to be the same as with few."""
-    return torch.zeros(tiles, dtype=torch.int32, device=weight.counters.device)
 
 
 def _bucket(num_rows: int) -> int:
@@ -274,6 +264,7 @@ def _variant(
         ACTIVATION=activation,
         HIP=target.backend == "hip",
         PTX=compiled and target.backend == "cuda",
+        FENCE_THREADS=fence_threads(target, config),
     )
 
 
@@ -305,6 +296,10 @@ def _check(
             f"activation {activation!r} does not suit a weight that is {'' if facts.gated else 'not '}laid "
             f"out as gate and up; use {'one of: ' + ', '.join(_ACTIVATIONS) if facts.gated else 'None'}"
         )
+
+
+def _configs(target: Target, launch: Launch) -> list[KernelConfig]:
+    return candidates(target, facts_of(launch), _bucket(launch.args[0].shape[0]))
 
 
 def _run(
@@ -345,5 +340,7 @@ SPECS = (
             Fault("rows * x_stride * UNIT)", "rows * x_stride)"),
         ),
         matrix_product=True,
+        # Rounded once, half a step of bfloat16, from weights that may have been rounded before.
+        space=TuningSpace(_wna16_matmul_kernel, _configs, case_of, error=5e-3),
     ),
 )

@@ -143,7 +143,7 @@ def shifted(words, BITS: tl.constexpr, PTX: tl.constexpr):
 def codes_less(words, zeros, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The codes at the lowest bits of the words less `zeros`, exact, of the 16-bit DTYPE.
 
-    zeros: of DTYPE and the same shape, with the code's lift (wna16_layout.lift) in it: a code put into the
+    zeros: of DTYPE and the same shape, with the code's lift (LIFT) in it: a code put into the
     last bits of a float's mantissa is the code plus a power of two, and needs no conversion.
     """
     if PTX and tl.bfloat16 == DTYPE and BITS == 4:  # 0x4300 is 128, in whose last bits a code counts 1
