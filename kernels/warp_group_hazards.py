@@ -104,3 +104,47 @@ def _results(instruction: _Instruction) -> set[int]:
         return set()
     width = next((number for pattern, number in _WIDTHS if pattern.search(instruction.name)), 1)
     return set(range(int(register[1]), int(register[1]) + width))
+
+
+_UNIFORM = re.compile(r"UR(\d+)\b")
+_DESCRIPTOR = re.compile(r"gdesc\[UR(\d+)\]")
+_WRITES_UNIFORM = re.compile(r"U[A-Z]|R2UR|S2UR|VOTEU|LDCU")
+
+
+def undefined_uniforms(sass: str) -> list[str]:
+    """Instructions that read a uniform register which nothing before them in the text has written.
+
+    Sound code has none. ptxas of Triton 3.6 left the address of a matrix so, for two products into one sum
+    whose second factors are stored in shared memory in turn.
+    """
+    code, _ = _parsed(sass)
+    written: set[int] = set()
+    found = []
+    for instruction in code:
+        results = _uniform_results(instruction)
+        if _uniform_operands(instruction, skip_first=bool(results)) - written:
+            found.append(f"/*{instruction.address}*/ {instruction.name} {', '.join(instruction.operands)}")
+        written |= results
+    return found
+
+
+def _uniform_results(instruction: _Instruction) -> set[int]:
+    register = re.fullmatch(r"UR(\d+)", instruction.operands[0])
+    if register is None or not _WRITES_UNIFORM.match(instruction.name):
+        return set()
+    width = 4 if ".128" in instruction.name else 2 if re.search(r"\.64|WIDE", instruction.name) else 1
+    return set(range(int(register[1]), int(register[1]) + width))
+
+
+def _uniform_operands(instruction: _Instruction, *, skip_first: bool) -> set[int]:
+    """A product names the first of four registers: two of its first matrix, if that is in memory, two of
+    its second."""
+    operands = instruction.operands[1:] if skip_first else instruction.operands
+    found: set[int] = set()
+    for operand in operands:
+        for first in map(int, _DESCRIPTOR.findall(operand)):
+            from_registers = _REGISTER.match(instruction.operands[1]) is not None
+            found |= set(range(first + 2 * from_registers, first + 4))
+        plain = _DESCRIPTOR.sub("", operand)
+        found |= {int(number) for number in _UNIFORM.findall(plain)}
+    return found

@@ -18,8 +18,9 @@ class Bounds:
 
 
 # bfloat16 rounds a result by 0.17 % of it in the mean, and a 16-bit weight made of codes as much; numbers of
-# five times the RMS by up to 1 % of that.
-EXACT = Bounds(0.006, 0.025)
+# five times the RMS by up to 1 % of that. Sums of many products that stay in Hopper's FP8 units: 0.33 %
+# in the mean at K = 14,336, one of millions by 5 %.
+EXACT = Bounds(0.006, 0.06)
 # Of activations that the form rounds itself: e4m3 by 2.6 %, int8 by 0.9 % at 4 sigma in 127 steps.
 ROUNDED = {torch.int8: Bounds(0.02, 0.12), torch.float8_e4m3fn: Bounds(0.045, 0.25)}
 

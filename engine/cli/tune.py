@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from halimede.kernels.tune_space import Tunable
     from halimede.kernels.tuning import KernelConfig
 
-SIZES = (1, 16, 64, 256, 1024, 4096)
+SIZES = (1, 16, 32, 64, 128, 256, 1024, 4096)
 """Tokens of the steps whose launches are tuned, up to the largest batch."""
 
 _TITLES = ("Kernel", "Shape", "Bucket", "Own choice, us", "Tuned, us", "Gain", "Config")

@@ -99,6 +99,11 @@ def default_config(
         return _config(64, 32 if head_dim <= 128 else 16, stages=2)
     # Several blocks in a tile, and masks, are what the largest tile of a head of 128 has no registers for.
     is_light = head_dim == 128 and block_size >= 64 and is_plain
+    _, rest = head_parts(head_dim)
+    if target.wgmma and is_quantized and rest:
+        # ptxas of Triton 3.6 makes wrong code of two products into one sum whose keys are decoded, so a head
+        # is cut in pieces of one size: scores are computed again for each piece of the values.
+        return _config(128, 64, stages=2, v_parts=head_dim // rest, piece=rest)
     if target.wgmma:
         # 128 keys: with 64 a product waits for shared memory.
         is_wide = not is_quantized and (head_dim < 128 or is_light)

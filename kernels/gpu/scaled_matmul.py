@@ -40,6 +40,7 @@ from halimede.kernels.gpu.scaled_cases import CASES, SIGNATURES, case_of, operan
 from halimede.kernels.gpu.scaled_config import ROW_BUCKETS, can_be_described, candidates, config_for
 from halimede.kernels.gpu.scaled_operand import ScaledOperand, Scaling
 from halimede.kernels.gpu.split_k import fence_threads, leave_partial, split_workspace, sum_partials
+from halimede.kernels.gpu.wna16_unit import finished
 from halimede.kernels.launch import Launch, Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors, TuningSpace
 from halimede.kernels.target import Target
@@ -70,6 +71,7 @@ def _scaled_matmul_kernel(
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     ZEROS_A_ROW: tl.constexpr,
+    PTX: tl.constexpr,
     FENCE_THREADS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -135,6 +137,8 @@ def _scaled_matmul_kernel(
             acc += tl.dot(weight, x) * scale
         elif KIND == "int8":
             acc = tl.dot(weight, x, acc, out_dtype=tl.int32)
+        elif KIND == "wide":
+            acc = finished(tl.dot(weight, x, acc), PTX)
         elif PROMOTE:
             acc += tl.dot(weight, x)
         else:
@@ -207,6 +211,7 @@ def scaled_matmul(
         dtype,
         _bucket(num_rows),
         deterministic,
+        x.device.type != "cpu",
     )
     constants, scaling = variant.constants, weight.scaling
     size = constants["SIZE"]
@@ -259,8 +264,10 @@ def _variant(
     y_dtype: torch.dtype,
     bucket: int,
     deterministic: bool,
+    compiled: bool,
 ) -> Variant:
-    """dtype, inner: x's and its K. unit: see aligned_strides. x_scales, zeros: see _per_row."""
+    """dtype, inner: x's and its K. unit: see aligned_strides. x_scales, zeros: see _per_row. compiled: not
+    interpreted."""
     _check(dtype, inner, scaling, x_scales, zeros, bias)
     assert codes is not None
 
@@ -284,6 +291,7 @@ def _variant(
         SCALE_ROWS=0 if block is None else block[0],
         SCALE_COLUMNS=0 if block is None else block[1],
         ZEROS_A_ROW=zeros == "row",
+        PTX=compiled and target.backend == "cuda",
         FENCE_THREADS=fence_threads(target, config),
     )
 

@@ -52,7 +52,7 @@ def _partial(partials_ptr, tile, split, SPLITS: tl.constexpr, BLOCK_N: tl.conste
 def split_workspace(
     counters: torch.Tensor, constants: Mapping[str, Any], grid: tuple[int, int, int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """(partials, counters) of a launch over (blocks of rows, of columns, splits); None where nothing is split.
+    """(partials, counters) of a launch over (blocks of rows, of columns, splits); None: nothing is split.
 
     counters: int32, zeros, that the weight has; a launch with more tiles gets some of its own, which
     happens for many rows that are split all the same, to be summed as few are.

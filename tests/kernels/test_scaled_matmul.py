@@ -208,7 +208,7 @@ def test_errors() -> None:
         scaled_matmul(x, None, weight, dtype=dtype)
     with pytest.raises(KernelError, match=r"each row \(2\)"):
         scaled_matmul(x, scales.new_ones(3), weight, dtype=dtype)
-    with pytest.raises(KernelError, match="strided torch.float32 for torch.float32"):
+    with pytest.raises(KernelError, match=r"strided torch\.float32 for torch\.float32"):
         scaled_matmul(x, scales.repeat_interleave(2)[::2], weight, dtype=dtype)
     with pytest.raises(KernelError, match=r"got torch.float16 for torch.float32"):
         scaled_matmul(x, scales.half(), weight, dtype=dtype)
