@@ -77,6 +77,8 @@ def _stages(target: Target, facts: Facts, block_m: int, block_n: int, warps: int
     unit = UNIT * (block_n * facts.bits // 8 + 2 * block_m) + 16 * block_n
     programs = 1 if warps == 8 else 3 if block_m == block_n == 64 else 2
     most = 6 if block_n == 128 and block_m <= 16 else 4
+    if target.name == "sm_100" and facts.has_offsets:
+        most = 2  # more, and it would spill
     return max(2, min(most, (target.shared_memory // programs - 2048) // unit))
 
 
