@@ -21,12 +21,19 @@ ROW_BUCKETS = (*(bucket for bucket in wna16_config.ROW_BUCKETS if bucket < DEQUA
 
 
 def wna16_product(
-    x: torch.Tensor, weight: WNA16Operand, activation: GatedActivation | None = None
+    x: torch.Tensor,
+    weight: WNA16Operand,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: GatedActivation | None = None,
 ) -> torch.Tensor:
-    """x (M, K) of 16 bits to (M, N), of x's type; of a gated operand act(gate) * up, (M, N / 2)."""
+    """x (M, K) of 16 bits to x W^T + bias, (M, N) of x's type; of a gated operand act(gate) * up, (M, N / 2).
+
+    bias: (N), none for gated operands.
+    """
     if x.shape[0] <= DEQUANTIZE_ROWS:
-        return wna16_matmul(x, weight, activation=activation)
+        return wna16_matmul(x, weight, bias, activation=activation)
     plain = wna16_dequantize(weight, x.dtype)
     # For a product of meta tensors this torch would import sympy.
-    y = x.new_empty(x.shape[0], plain.shape[0]) if x.is_meta else torch.nn.functional.linear(x, plain)
+    y = x.new_empty(x.shape[0], plain.shape[0]) if x.is_meta else torch.nn.functional.linear(x, plain, bias)
     return y if activation is None else activate(y, activation, gated=True)

@@ -128,7 +128,10 @@ def test_many_rows_are_multiplied_with_the_plain_weight(monkeypatch: pytest.Monk
     (expected,) = reference(x, None, None, False, **canonical)
     assert_kernel_close(wna16_product(x, operand_of(**canonical)), expected, "wna16 matmul")
     (expected,) = reference(x, None, "silu", False, **canonical)
-    gated = wna16_product(x, operand_of(**canonical, gated=True), "silu")
+    bias = torch.randn(96).to(torch.bfloat16)
+    (with_bias,) = reference(x, bias, None, False, **canonical)
+    assert_kernel_close(wna16_product(x, operand_of(**canonical), bias), with_bias, "wna16 matmul")
+    gated = wna16_product(x, operand_of(**canonical, gated=True), activation="silu")
     torch.testing.assert_close(gated, expected, rtol=2e-2, atol=1e-2)  # gate and up are rounded on the way
 
 

@@ -41,7 +41,12 @@ def test_grouped_weight(dtype: torch.dtype, act_order: bool) -> None:
     form = make_form([weight], Placement(CPU, dtype, interpreted=True))
     assert isinstance(form, KernelWNA16)
     x = torch.randn(5, 192).to(dtype)
-    assert _error(form(x), x.double() @ weight.dequantize().double().t()) < 5e-3
+    expected = x.double() @ weight.dequantize().double().t()
+    assert _error(form(x), expected) < 5e-3
+    bias = torch.randn(48).to(dtype)
+    assert form.take_bias(bias)
+    assert _error(form(x), expected + bias.double()) < 5e-3
+    assert not form.make_gated("silu"), "its bias would be in another order"
     ids = torch.tensor([47, 0, 13])
     torch.testing.assert_close(form.rows(ids), weight.dequantize()[ids])
 

@@ -107,6 +107,13 @@ class KernelWNA16(_WNA16):
 
         return ROW_BUCKETS
 
+    def take_bias(self, bias: torch.Tensor) -> bool:
+        """See WeightForm."""
+        if self._activation is not None:  # whose rows are in another order
+            return False
+        self._hold("bias", bias)
+        return True
+
     def make_gated(self, activation: Gate) -> bool:
         """See WeightForm."""
         if self.out_features % 16 or self.bias is not None or self._activation is not None:
@@ -124,7 +131,7 @@ class KernelWNA16(_WNA16):
         return WNA16Operand(self.words, self.records, self.table, self.counters, self._facts)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return self._multiply(x, self._operand, self._activation)
+        return self._multiply(x, self._operand, self.bias, activation=self._activation)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         from halimede.kernels.gpu.wna16_layout import rows_of
