@@ -31,7 +31,7 @@ import triton.language as tl
 from halimede.errors import KernelError
 from halimede.kernels.gpu.activation import _activated
 from halimede.kernels.gpu.gated_matmul_cases import CASES, SIGNATURES, case_of, reference
-from halimede.kernels.gpu.rows import aligned_strides
+from halimede.kernels.gpu.rows import product_rows
 from halimede.kernels.launch import Launch, Variant, target_of
 from halimede.kernels.spec import Fault, KernelSpec, Tensors, TuningSpace
 from halimede.kernels.target import Target
@@ -130,15 +130,10 @@ def gated_matmul(
     weight: [2I, K], Wg over Wu. bias: (2I), bg before bu. Meant for at most MAX_ROWS rows. KernelError for
     other shapes, strides and types.
     """
-    shape, strides = x.shape, x.stride()
-    if len(shape) != 2 or strides[1] != 1:
-        raise KernelError(
-            f"gated_matmul takes x (M, K) with unit stride in K; it is {tuple(shape)} with strides "
-            f"{strides}; call .contiguous()"
-        )
-    unit, (stride,) = aligned_strides(shape[:1], strides, x.dtype)
-    variant = _variant(target_of(x), x.dtype, shape[1], unit, layout(weight), layout(bias), activation)
-    constants, num_rows = variant.constants, shape[0]
+    unit, stride = product_rows("gated_matmul", x)
+    num_rows, inner = x.shape
+    variant = _variant(target_of(x), x.dtype, inner, unit, layout(weight), layout(bias), activation)
+    constants = variant.constants
     size = constants["SIZE"]
     y = x.new_empty((num_rows, size))
     grid = -(-num_rows // constants["BLOCK_M"]), -(-size // constants["BLOCK_N"])

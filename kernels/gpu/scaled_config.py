@@ -58,9 +58,8 @@ def _few_rows(target: Target, scaling: Scaling, block_m: int, deterministic: boo
     if scaling.block is not None and block_m > 16 and not deterministic:
         block_n = 128
     tiles = -(-scaling.shape[0] // block_n)
-    splits = max(1, min(128 // tiles, scaling.shape[1] // _LEAST_COLUMNS, _MOST_SPLITS))
-    if block_n == 128:
-        splits = max(1, min(128 // tiles, scaling.shape[1] // _LEAST_COLUMNS))
+    most_splits = 128 if block_n == 128 else _MOST_SPLITS
+    splits = max(1, min(128 // tiles, scaling.shape[1] // _LEAST_COLUMNS, most_splits))
     many = 4 if scaling.shape[0] >= _WIDE or block_n == 128 else 6
     return _config(target, scaling, splits, block_m, block_n, 4, many)
 

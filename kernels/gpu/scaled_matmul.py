@@ -35,7 +35,7 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels.gpu.float8 import e4m3_to_float16
-from halimede.kernels.gpu.rows import aligned_strides
+from halimede.kernels.gpu.rows import check_bias, product_rows, row_bucket
 from halimede.kernels.gpu.scaled_cases import CASES, SIGNATURES, case_of, operand_of, reference, scaling_of
 from halimede.kernels.gpu.scaled_config import ROW_BUCKETS, can_be_described, candidates, config_for
 from halimede.kernels.gpu.scaled_operand import ScaledOperand, Scaling
@@ -188,20 +188,14 @@ def scaled_matmul(
     or (1) int32, for int8. deterministic: a row's result does not depend on how many are beside it.
     KernelError for other shapes, strides and types.
     """
-    shape, strides = x.shape, x.stride()
-    if len(shape) != 2 or strides[1] != 1:
-        raise KernelError(
-            f"scaled_matmul takes x (M, K) with unit stride in K; it is {tuple(shape)} with strides "
-            f"{strides}; call .contiguous()"
-        )
-    num_rows = shape[0]
-    unit, (stride,) = aligned_strides(shape[:1], strides, x.dtype)
+    unit, stride = product_rows("scaled_matmul", x)
+    num_rows, inner = x.shape
     if weight.scaling.kind == "fnuz":
         x = x.view(torch.uint8)
     variant = _variant(
         target_of(x),
         x.dtype,
-        shape[1],
+        inner,
         unit,
         weight.scaling,
         layout(weight.codes),
@@ -209,7 +203,7 @@ def scaled_matmul(
         _per_row(zeros, torch.int32, num_rows, weight.scaling),
         layout(bias),
         dtype,
-        _bucket(num_rows),
+        row_bucket(num_rows, ROW_BUCKETS),
         deterministic,
         x.device.type != "cpu",
     )
@@ -222,10 +216,6 @@ def scaled_matmul(
     given = (x, weight.codes, x_scales, weight.scales, zeros, weight.sums, bias, y, *workspace)
     variant.start(grid, *given, num_rows, stride)
     return y
-
-
-def _bucket(num_rows: int) -> int:
-    return next((bucket for bucket in ROW_BUCKETS if num_rows <= bucket), ROW_BUCKETS[-1])
 
 
 def _per_row(tensor: torch.Tensor | None, dtype: torch.dtype, num_rows: int, scaling: Scaling) -> str | None:
@@ -319,15 +309,11 @@ def _check(
         )
     if zeros is not None and not scaling.has_sums:
         raise KernelError("scaled_matmul takes zeros for int8 weights with sums of their rows; make them")
-    if bias is not None and (bias[1] != scaling.shape[:1] or not bias[2]):
-        raise KernelError(
-            f"scaled_matmul takes a contiguous bias ({scaling.shape[0]},) for a weight {scaling.shape}; "
-            f"it is {'' if bias[2] else 'strided '}{tuple(bias[1])}; convert it"
-        )
+    check_bias("scaled_matmul", bias, scaling.shape)
 
 
 def _configs(target: Target, launch: Launch) -> list[KernelConfig]:
-    bucket = _bucket(launch.args[0].shape[0])
+    bucket = row_bucket(launch.args[0].shape[0], ROW_BUCKETS)
     return candidates(target, scaling_of(launch), bucket, launch.constants["UNIT"])
 
 

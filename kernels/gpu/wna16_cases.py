@@ -1,6 +1,5 @@
 """Cases, signatures and references of wna16_matmul and wna16_dequantize."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,9 +109,6 @@ def _canonical(
         "offsets": None if offsets is None else offsets.to(scale_dtype),
         "table": torch.randn(1 << bits, device=device) * (1 << (bits - 1)) if "table" in kinds else None,
     }
-
-
-_Make = Callable[[torch.device], dict[str, Any]]
 
 
 def _case(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from halimede.kernels.matmul_codes import CodedWeight
 from halimede.kernels.target import Backend
 
 ROW_BLOCK = 64
@@ -207,15 +208,15 @@ def rows_of(weight: WNA16Operand, ids: torch.Tensor) -> torch.Tensor:
     codes = torch.stack(places, 2).reshape(len(ids), -1)[:, : facts.shape[1]]
     numbers = _records_by_eights(weight).rows[eight, row]
     groups = numbers.reshape(len(ids), -1, numbers.shape[-1])[:, : facts.shape[1] // facts.group_size].float()
-    grouped = codes.view(len(ids), -1, facts.group_size)
-    if weight.table is not None:
-        values = weight.table[grouped]
-    else:
-        values = grouped - (groups[..., 1:2] if facts.has_zeros else facts.zero)
-    values = values * groups[..., :1]
-    if facts.has_offsets:
-        values = values + groups[..., -1:]
-    return values.reshape(len(ids), -1)
+    coded = CodedWeight(
+        codes,
+        facts.group_size,
+        scales=groups[..., 0],
+        zeros=groups[..., 1] if facts.has_zeros else facts.zero,
+        offsets=groups[..., -1] if facts.has_offsets else None,
+        table=weight.table,
+    )
+    return coded.dequantize(slice(None))
 
 
 @dataclass(frozen=True, slots=True)

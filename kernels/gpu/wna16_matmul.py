@@ -34,7 +34,7 @@ import triton.language as tl
 
 from halimede.errors import KernelError
 from halimede.kernels.gpu.activation import _activated
-from halimede.kernels.gpu.rows import aligned_strides
+from halimede.kernels.gpu.rows import check_bias, product_rows, row_bucket
 from halimede.kernels.gpu.split_k import fence_threads, leave_partial, split_workspace, sum_partials
 from halimede.kernels.gpu.wna16_cases import CASES, SIGNATURES, case_of, facts_of, operand_of, reference
 from halimede.kernels.gpu.wna16_config import ROW_BUCKETS, candidates, config_for
@@ -191,24 +191,18 @@ def wna16_matmul(
     bias: (N), in the order of the operand's rows. activation: for operands that are gated. deterministic: a
     row's result does not depend on how many are beside it. KernelError for other shapes, strides and types.
     """
-    shape, strides = x.shape, x.stride()
-    if len(shape) != 2 or strides[1] != 1:
-        raise KernelError(
-            f"wna16_matmul takes x (M, K) with unit stride in K; it is {tuple(shape)} with strides "
-            f"{strides}; call .contiguous()"
-        )
-    num_rows = shape[0]
-    unit, (stride,) = aligned_strides(shape[:1], strides, x.dtype)
+    unit, stride = product_rows("wna16_matmul", x)
+    num_rows, inner = x.shape
     variant = _variant(
         target_of(x),
         x.dtype,
-        shape[1],
+        inner,
         unit,
         weight.facts,
         layout(weight.records),
         layout(bias),
         activation,
-        _bucket(num_rows),
+        row_bucket(num_rows, ROW_BUCKETS),
         deterministic,
         x.device.type != "cpu",
     )
@@ -220,10 +214,6 @@ def wna16_matmul(
     given = (x, weight.words, weight.records, weight.table, bias, y, *workspace)
     variant.start(grid, *given, num_rows, stride)
     return y
-
-
-def _bucket(num_rows: int) -> int:
-    return next((bucket for bucket in ROW_BUCKETS if num_rows <= bucket), ROW_BUCKETS[-1])
 
 
 @cache
@@ -286,11 +276,7 @@ def _check(
             f"the weight is laid out for {facts.backend}, not for {target.name}; pack it with "
             f"backend={target.backend!r}"
         )
-    if bias is not None and (bias[1] != facts.shape[:1] or not bias[2]):
-        raise KernelError(
-            f"wna16_matmul takes a contiguous bias ({facts.shape[0]},) for a weight {facts.shape}; it is "
-            f"{'' if bias[2] else 'strided '}{tuple(bias[1])}; convert it"
-        )
+    check_bias("wna16_matmul", bias, facts.shape)
     if (activation is not None) != facts.gated or activation not in (None, *_ACTIVATIONS):
         raise KernelError(
             f"activation {activation!r} does not suit a weight that is {'' if facts.gated else 'not '}laid "
@@ -299,7 +285,7 @@ def _check(
 
 
 def _configs(target: Target, launch: Launch) -> list[KernelConfig]:
-    return candidates(target, facts_of(launch), _bucket(launch.args[0].shape[0]))
+    return candidates(target, facts_of(launch), row_bucket(launch.args[0].shape[0], ROW_BUCKETS))
 
 
 def _run(

@@ -13,7 +13,7 @@ from halimede.engine.loader.outlines import outlines
 from halimede.engine.models.config import ModelConfig
 from halimede.engine.quant.canonical import GroupedWeight
 from halimede.engine.quant.forms.base import UnloadedForm, WeightForm
-from halimede.engine.quant.forms.wna16 import KernelWNA16
+from halimede.engine.quant.forms.kernel_wna16 import KernelWNA16
 from halimede.engine.quant.gguf import GgufScheme
 from halimede.engine.quant.gptq import GptqFormat
 from halimede.engine.quant.scheme import ModuleKind, QuantScheme, WeightFormat

@@ -7,9 +7,9 @@ import torch
 
 from halimede.engine.quant.canonical import Fp8Weight, GroupedWeight, Int8Weight
 from halimede.engine.quant.forms.base import Placement
+from halimede.engine.quant.forms.kernel_wna16 import KernelWNA16
 from halimede.engine.quant.forms.make import make_form
 from halimede.engine.quant.forms.scaled import KernelFP8, KernelW8A8
-from halimede.engine.quant.forms.wna16 import KernelWNA16
 from halimede.kernels import launch
 from halimede.kernels.target import TARGETS
 

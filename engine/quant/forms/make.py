@@ -16,7 +16,6 @@ from halimede.engine.quant.canonical import (
 from halimede.engine.quant.forms.base import ActivationQuant, Activations, Placement, WeightForm
 from halimede.engine.quant.forms.fp8 import FP8
 from halimede.engine.quant.forms.plain import Plain
-from halimede.engine.quant.forms.scaled import KernelFP8, KernelW8A8, takes_fp8
 from halimede.engine.quant.forms.w8a8 import W8A8
 from halimede.engine.quant.forms.wna16 import wna16_form
 
@@ -65,10 +64,16 @@ def make_form(weights: Sequence[CanonicalWeight], placement: Placement) -> Weigh
 def _form_of(weight: CanonicalWeight, placement: Placement) -> WeightForm:
     if isinstance(weight, GroupedWeight):
         return wna16_form(weight, placement)
+    if isinstance(weight, Int8Weight | Fp8Weight) and placement.has_kernels:
+        from halimede.engine.quant.forms.scaled import KernelFP8, KernelW8A8, takes_fp8
+
+        if isinstance(weight, Int8Weight):
+            return KernelW8A8(weight, placement)
+        if takes_fp8(weight, placement):
+            return KernelFP8(weight, placement)
     if isinstance(weight, Int8Weight):
-        return KernelW8A8(weight, placement) if placement.has_kernels else W8A8(weight, placement)
+        return W8A8(weight, placement)
     if isinstance(weight, Fp8Weight):
-        has_kernel = placement.has_kernels and takes_fp8(weight, placement)
-        return KernelFP8(weight, placement) if has_kernel else FP8(weight, placement)
+        return FP8(weight, placement)
     assert isinstance(weight, PlainWeight), f"no form for {type(weight).__name__}"
     return Plain(weight, placement)

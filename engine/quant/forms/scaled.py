@@ -1,6 +1,7 @@
-"""8-bit weights laid out for the Triton kernel (kernels/gpu/scaled_matmul.py): W8A8 int8, and FP8."""
+"""8-bit weights laid out for the Triton kernel (kernels/gpu/scaled_matmul.py): W8A8 int8, and FP8.
 
-from typing import TYPE_CHECKING
+Imports triton, so it is imported where that is installed only.
+"""
 
 import torch
 
@@ -12,10 +13,19 @@ from halimede.engine.quant.forms.base import (
     QuantizedActivations,
     WeightForm,
 )
+from halimede.kernels.gpu.quantize import per_token_quant
+from halimede.kernels.gpu.scaled_config import ROW_BUCKETS
+from halimede.kernels.gpu.scaled_matmul import scaled_matmul
+from halimede.kernels.gpu.scaled_operand import (
+    GROUP,
+    ScaledOperand,
+    fp8_kind,
+    fp8_operand,
+    int8_operand,
+    supports_block,
+)
+from halimede.kernels.launch import target_of
 from halimede.kernels.matmul_int8 import quantize_static, quantize_tokens
-
-if TYPE_CHECKING:
-    from halimede.kernels.gpu.scaled_operand import ScaledOperand
 
 
 class _Scaled(WeightForm):
@@ -27,18 +37,14 @@ class _Scaled(WeightForm):
     counters: torch.Tensor
     static_scale: torch.Tensor | None
 
-    def _take(self, operand: "ScaledOperand") -> None:
-        from halimede.kernels.gpu.scaled_matmul import scaled_matmul
-
-        self._multiply, self._scaling = scaled_matmul, operand.scaling
+    def _take(self, operand: ScaledOperand) -> None:
+        self._scaling = operand.scaling
         for name in ("codes", "scales", "sums", "counters"):
             self._hold(name, getattr(operand, name))
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
         """See WeightForm."""
-        from halimede.kernels.gpu.scaled_config import ROW_BUCKETS
-
         return ROW_BUCKETS[:-1]
 
     def take_bias(self, bias: torch.Tensor) -> bool:
@@ -53,8 +59,6 @@ class _Scaled(WeightForm):
         return self._product(*self._quantized(x), x.dtype)
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        from halimede.kernels.gpu.quantize import per_token_quant
-
         quant = self.quantizes
         if quant is None:
             return x, None, None
@@ -64,22 +68,21 @@ class _Scaled(WeightForm):
     def _product(
         self, x: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        from halimede.kernels.gpu.scaled_operand import ScaledOperand
-
         operand = ScaledOperand(self.codes, self.scales, self.sums, self.counters, self._scaling)
-        return self._multiply(x, scales, operand, self.bias, dtype=dtype, zeros=zeros)
+        return scaled_matmul(x, scales, operand, self.bias, dtype=dtype, zeros=zeros)
 
 
 class KernelW8A8(_Scaled):
     """An Int8Weight. Activations that have zero points are rounded by torch."""
 
-    def __init__(self, weight: Int8Weight, placement: Placement) -> None:
-        from halimede.kernels.gpu.scaled_operand import int8_operand
+    static_zeros: torch.Tensor
 
+    def __init__(self, weight: Int8Weight, placement: Placement) -> None:
         super().__init__(weight.shape, placement)
         self._symmetric, self._static_zero = weight.symmetric, weight.static_zero
         self._hold("static_scale", weight.static_scale)
         self._has_zeros = not weight.symmetric or weight.static_zero != 0
+        self._hold("static_zeros", torch.full((1,), weight.static_zero, dtype=torch.int32))
         codes, scales = weight.weight.to(placement.device), weight.scales.to(placement.device)
         self._take(int8_operand(codes, scales, has_sums=self._has_zeros))
 
@@ -92,8 +95,8 @@ class KernelW8A8(_Scaled):
         if not self._has_zeros:
             return super()._quantized(x)
         if self.static_scale is not None:
-            zeros = torch.full((1,), self._static_zero, dtype=torch.int32, device=x.device)
-            return quantize_static(x, self.static_scale, self._static_zero), self.static_scale, zeros
+            codes = quantize_static(x, self.static_scale, self._static_zero)
+            return codes, self.static_scale, self.static_zeros
         codes, scales, zeros = quantize_tokens(x, symmetric=self._symmetric)
         assert isinstance(zeros, torch.Tensor), "asymmetric codes have a zero for each token"
         return codes, scales.reshape(-1), zeros.reshape(-1).to(torch.int32)
@@ -107,9 +110,6 @@ class KernelFP8(_Scaled):
     """An Fp8Weight. Where no FP8 is multiplied activations stay as they are."""
 
     def __init__(self, weight: Fp8Weight, placement: Placement) -> None:
-        from halimede.kernels.gpu.scaled_operand import fp8_kind, fp8_operand
-        from halimede.kernels.launch import target_of
-
         super().__init__(weight.shape, placement)
         self._hold("static_scale", weight.static_scale)
         codes, scales = weight.weight.to(placement.device), weight.scales.to(placement.device)
@@ -118,8 +118,6 @@ class KernelFP8(_Scaled):
     @property
     def quantizes(self) -> ActivationQuant | None:
         """See WeightForm."""
-        from halimede.kernels.gpu.scaled_operand import GROUP
-
         if self._scaling.kind == "wide":
             return None
         if self._scaling.block is not None:
@@ -138,8 +136,5 @@ class KernelFP8(_Scaled):
 
 def takes_fp8(weight: Fp8Weight, placement: Placement) -> bool:
     """Whether KernelFP8 is for a weight: its blocks suit the kernel, and its type where it is widened."""
-    from halimede.kernels.gpu.scaled_operand import fp8_kind, supports_block
-    from halimede.kernels.launch import target_of
-
     kind = fp8_kind(target_of(torch.empty(0, device=placement.device)))
     return supports_block(weight.block, weight.shape[1]) and (kind != "wide" or placement.dtype.itemsize == 2)

@@ -1,7 +1,5 @@
 """WNA16: integer codes with scales for groups of columns, multiplied with activations as they are."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from halimede.engine.quant.canonical import GroupedWeight
@@ -9,10 +7,6 @@ from halimede.engine.quant.forms.base import Activations, Placement, WeightForm
 from halimede.kernels.matmul_bytes import bytes_product, pack_bytes, unpack_bytes
 from halimede.kernels.matmul_codes import CodedWeight, codes_product, pack_codes
 from halimede.kernels.matmul_int4 import Int4Weight, int4_product, int4_rows, pack_int4
-from halimede.kernels.ops import Gate
-
-if TYPE_CHECKING:
-    from halimede.kernels.gpu.wna16_layout import WNA16Operand
 
 
 def wna16_form(weight: GroupedWeight, placement: Placement) -> WeightForm:
@@ -24,7 +18,7 @@ def wna16_form(weight: GroupedWeight, placement: Placement) -> WeightForm:
     piece at a time.
     """
     if placement.has_kernels and placement.dtype.itemsize == 2:
-        from halimede.kernels.gpu.wna16_layout import supports_groups
+        from halimede.engine.quant.forms.kernel_wna16 import KernelWNA16, supports_groups
 
         if supports_groups(weight.group_size, weight.shape[1]):
             return KernelWNA16(weight, placement)
@@ -34,7 +28,7 @@ def wna16_form(weight: GroupedWeight, placement: Placement) -> WeightForm:
     return BytesWNA16(weight, placement) if packed is None else PackedWNA16(weight, placement, packed)
 
 
-class _WNA16(WeightForm):
+class WNA16Form(WeightForm):
     """What all have in common: columns in another order than the activations', where act-order asked for
     it."""
 
@@ -63,83 +57,7 @@ class _WNA16(WeightForm):
         raise NotImplementedError
 
 
-class KernelWNA16(_WNA16):
-    """Laid out for the Triton kernels (kernels/gpu/wna16_matmul.py)."""
-
-    words: torch.Tensor
-    records: torch.Tensor
-    table: torch.Tensor | None
-    counters: torch.Tensor
-
-    def __init__(self, weight: GroupedWeight, placement: Placement) -> None:
-        from halimede.kernels.gpu.wna16_layout import pack_wna16
-        from halimede.kernels.launch import target_of
-        from halimede.kernels.matmul_wna16 import wna16_product
-
-        super().__init__(weight, placement)
-        self._multiply = wna16_product
-        self._activation: Gate | None = None
-        device = placement.device
-        zero, offsets, table = weight.zero, weight.offsets, weight.table
-        codes = weight.codes.to(device)  # moved first: laying out is some passes over them
-        self._take(
-            pack_wna16(
-                codes,
-                weight.bits,
-                weight.group_size,
-                weight.scales.to(device),
-                zero.to(device) if isinstance(zero, torch.Tensor) else zero,
-                None if offsets is None else offsets.to(device),
-                None if table is None else table.to(device),
-                backend=target_of(codes).backend,
-            )
-        )
-
-    def _take(self, operand: "WNA16Operand") -> None:
-        self._facts = operand.facts
-        for name in ("words", "records", "table", "counters"):
-            self._hold(name, getattr(operand, name))
-
-    @property
-    def row_buckets(self) -> tuple[int, ...]:
-        """See WeightForm."""
-        from halimede.kernels.matmul_wna16 import ROW_BUCKETS
-
-        return ROW_BUCKETS
-
-    def take_bias(self, bias: torch.Tensor) -> bool:
-        """See WeightForm."""
-        if self._activation is not None:  # whose rows are in another order
-            return False
-        self._hold("bias", bias)
-        return True
-
-    def make_gated(self, activation: Gate) -> bool:
-        """See WeightForm."""
-        if self.out_features % 16 or self.bias is not None or self._activation is not None:
-            return False
-        from halimede.kernels.gpu.wna16_layout import gated_operand
-
-        self._take(gated_operand(self._operand))
-        self._activation = activation
-        return True
-
-    @property
-    def _operand(self) -> "WNA16Operand":
-        from halimede.kernels.gpu.wna16_layout import WNA16Operand
-
-        return WNA16Operand(self.words, self.records, self.table, self.counters, self._facts)
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return self._multiply(x, self._operand, self.bias, activation=self._activation)
-
-    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        from halimede.kernels.gpu.wna16_layout import rows_of
-
-        return rows_of(self._operand, ids)
-
-
-class CodedWNA16(_WNA16):
+class CodedWNA16(WNA16Form):
     """Codes as they are, unpacked a piece at a time by torch (kernels/matmul_codes.py)."""
 
     codes: torch.Tensor
@@ -170,7 +88,7 @@ class CodedWNA16(_WNA16):
         return CodedWeight(self.codes, self._group_size, self.scales, zeros, self.offsets, self.table)
 
 
-class PackedWNA16(_WNA16):
+class PackedWNA16(WNA16Form):
     """Packed for torch's 4-bit product on a CPU (kernels/matmul_int4.py)."""
 
     packed: torch.Tensor
@@ -195,7 +113,7 @@ class PackedWNA16(_WNA16):
         return Int4Weight(self.packed, self.scales, self._planes, self._group_size, shape, self._has_offsets)
 
 
-class BytesWNA16(_WNA16):
+class BytesWNA16(WNA16Form):
     """Rows of bytes for FBGEMM on a CPU (kernels/matmul_bytes.py)."""
 
     byte_rows: torch.Tensor
